@@ -1,0 +1,152 @@
+"""Owns the exception tree. Every error subclasses a builtin, carries its data and names the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+class CheckpointError(Exception):
+    """Root of everything that this package raises about checkpoints and run folders."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no committed checkpoint where one was asked for.
+
+    Args:
+        what: The path or URI as the caller gave it.
+        hint: What was there instead, and what to type.
+    """
+
+    def __init__(self, what: object, hint: str = "") -> None:
+        self.what = str(what)
+        super().__init__(f"Checkpoint not found: {what}" + (f". {hint}" if hint else ""))
+
+
+class CheckpointLoadError(CheckpointError, RuntimeError):
+    """A checkpoint exists but cannot be turned into a model.
+
+    Args:
+        path: The checkpoint's zip.
+        cause: One sentence that says what is wrong.
+        hint: The remedy, or versions side by side where they differ.
+    """
+
+    def __init__(self, path: object, cause: str, hint: str = "") -> None:
+        self.path = str(path)
+        self.cause = cause
+        message = f"Failed to load model from checkpoint {path}: {cause.rstrip('.')}"
+        super().__init__(message + (f". {hint}" if hint else ""))
+
+
+class CheckpointCorruptError(CheckpointLoadError):
+    """A file of the checkpoint differs from what its metadata promises."""
+
+
+class IncompatibleCheckpointError(CheckpointLoadError):
+    """The checkpoint is whole, but belongs to another algorithm, space or format."""
+
+
+class CheckpointSaveError(CheckpointError, OSError):
+    """A checkpoint could not be made durable; the ones before it are untouched.
+
+    Args:
+        path: The zip that was being written.
+        cause: The error beneath.
+        hint: The remedy.
+    """
+
+    def __init__(self, path: object, cause: BaseException, hint: str = "") -> None:
+        self.path = str(path)
+        message = f"Checkpoint saving failed for {path}: {cause}"
+        super().__init__(message + (f". {hint}" if hint else ""))
+
+
+class InvalidIdError(CheckpointError, ValueError):
+    """An agent id or run id could leave its folder, or cannot name one everywhere."""
+
+
+class RunNotFoundError(CheckpointError, LookupError):
+    """No run record with this id.
+
+    Args:
+        run_id: The id as the caller gave it.
+        where: The store that was searched.
+    """
+
+    def __init__(self, run_id: str, where: object) -> None:
+        self.run_id = run_id
+        super().__init__(f"Run not found: {run_id!r} in {where}. List what is there with: sb3-mlflow-ckpt runs list")
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class RunFolderBusyError(CheckpointError, RuntimeError):
+    """Another live process is writing to this run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        super().__init__(
+            f"Another process is training in {folder}; stop it first, or leave out --run-id to start a run of its own"
+        )
+
+
+class ConfigError(ValueError):
+    """One setting cannot be used.
+
+    Args:
+        key: The setting's dotted name.
+        problem: What is wrong with it, with the value in it.
+        source: Where the value came from ("--n-envs", "train.yaml", ...).
+        hint: The nearest valid name, or what is accepted.
+    """
+
+    def __init__(self, key: str, problem: str, source: str = "", hint: str = "") -> None:
+        self.key = key
+        self.source = source
+        origin = f" (from {source})" if source else ""
+        super().__init__(f"{key}: {problem}{origin}" + (f". {hint}" if hint else ""))
+
+
+class MirrorUnavailableError(ConnectionError):
+    """An MLflow server or a database that was named explicitly does not answer at start.
+
+    Args:
+        name: "MLflow" or "MongoDB".
+        uri: Its address, with credentials removed.
+        cause: The client's own error.
+    """
+
+    def __init__(self, name: str, uri: str, cause: object) -> None:
+        self.name = name
+        reason = str(cause).strip().splitlines()[0][:300] if str(cause).strip() else type(cause).__name__
+        super().__init__(
+            f"{name} at {uri} does not answer: {reason}. Start it or correct the address; "
+            "--start-offline trains at once and sends the records when it is back"
+        )
+
+
+class TrainingInterrupted(SystemExit):
+    """Training stopped on a signal after its state was saved; the exit code is 128 + the signal's number.
+
+    Args:
+        signum: The signal.
+        checkpoint: The checkpoint that was saved, if any.
+    """
+
+    def __init__(self, signum: int, checkpoint: Path | None = None) -> None:
+        self.signum = signum
+        self.checkpoint = checkpoint
+        super().__init__(128 + signum)
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """Return an error as the record stores it: `type`, `message`, `traceback` (strings)."""
+    import traceback
+
+    return {
+        "type": type(error).__name__,
+        "message": str(error),
+        "traceback": "".join(traceback.format_exception(error)),
+    }

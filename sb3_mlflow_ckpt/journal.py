@@ -1,0 +1,234 @@
+"""Owns the files of a run folder that mirrors replay: `run.json`, `metrics.jsonl`, `checkpoints.jsonl`.
+
+`run.json` holds what changes in place and is rewritten atomically; the other two only grow, a line a fact:
+
+- `metrics.jsonl`: a point of the learning curve;
+- `checkpoints.jsonl`: `saved`, `mirrored`, `unmirrored`, `pruned`, in the order in which they happened.
+
+The presence of a checkpoint's metadata is its commit; the line `saved` follows it and is made good at the next
+start where a crash came between (`reconcile`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from sb3_mlflow_ckpt import atomic
+from sb3_mlflow_ckpt.errors import CheckpointCorruptError, CheckpointNotFoundError, RunFolderBusyError
+from sb3_mlflow_ckpt.layout import RunFolder, metadata_episode
+from sb3_mlflow_ckpt.metadata import CheckpointMetadata, parse_metadata, timestamp_now
+
+logger = logging.getLogger(__name__)
+
+
+def read_record(folder: RunFolder) -> dict[str, Any]:
+    """Return what `run.json` holds.
+
+    Raises:
+        CheckpointNotFoundError: There is none.
+        CheckpointCorruptError: It is not a JSON object.
+    """
+    try:
+        record = json.loads(folder.record.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(folder.record, "The folder holds no run record") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointCorruptError(folder.record, f"the run record is not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise CheckpointCorruptError(folder.record, "the run record is not a JSON object")
+    return record
+
+
+def committed_episodes(folder: RunFolder) -> list[int]:
+    """Return the episodes of the committed checkpoints in a run folder, ascending."""
+    try:
+        with os.scandir(folder.path) as entries:
+            names = {entry.name for entry in entries}
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    episodes = (metadata_episode(name) for name in names)
+    return sorted(e for e in episodes if e is not None and folder.model(e).name in names)
+
+
+def saved_facts(metadata: CheckpointMetadata) -> dict[str, Any]:
+    """Return what the journal keeps of a commit."""
+    model = metadata.files[0] if metadata.files else None
+    return {
+        "episode": metadata.episode,
+        "num_timesteps": metadata.num_timesteps,
+        "timestamp": metadata.timestamp,
+        "bytes": model.bytes if model else None,
+        "sha256": model.sha256 if model else None,
+        "mean_reward": metadata.metrics.get("mean_reward"),
+        "trigger": metadata.trigger,
+    }
+
+
+class CheckpointLedger:
+    """The state of a run's checkpoints as its `checkpoints.jsonl` tells it.
+
+    Attributes:
+        saved: The facts of each commit, by episode.
+        uris: The address of each mirrored checkpoint, by episode.
+        pruned: The episodes whose files were removed.
+    """
+
+    def __init__(self) -> None:
+        self.saved: dict[int, dict[str, Any]] = {}
+        self.uris: dict[int, str] = {}
+        self.pruned: set[int] = set()
+
+    def apply(self, event: Mapping[str, Any]) -> int | None:
+        """Take one line in; return its episode, or None for a line that is not understood."""
+        episode, kind = event.get("episode"), event.get("event")
+        if not isinstance(episode, int):
+            return None
+        if kind == "saved":
+            self.saved[episode] = {key: value for key, value in event.items() if key != "event"}
+            self.pruned.discard(episode)
+            # A checkpoint that was saved again is new content: what the mirror has is the old one.
+            self.uris.pop(episode, None)
+        elif kind == "mirrored":
+            self.uris[episode] = str(event.get("uri"))
+        elif kind == "unmirrored":
+            self.uris.pop(episode, None)
+        elif kind == "pruned":
+            self.pruned.add(episode)
+        else:
+            return None
+        return episode
+
+
+class RunJournal:
+    """The one writer of a run folder's record, curve and checkpoint ledger. Safe to call from any thread.
+
+    Opening takes the folder's lock, which the operating system releases if the process dies.
+
+    Args:
+        folder: The run folder; made if it is missing.
+
+    Raises:
+        RunFolderBusyError: A live process holds the folder.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        folder.path.mkdir(parents=True, exist_ok=True)
+        # A lock of this process's threads alike: the file stays, since removing it would race with its takers.
+        self._file_lock = FileLock(folder.lock, timeout=0, thread_local=False)
+        try:
+            self._file_lock.acquire()
+        except Timeout as error:
+            raise RunFolderBusyError(folder.path) from error
+        self._lock = threading.RLock()
+        self._listeners: list[Callable[[], None]] = []
+        self.ledger = CheckpointLedger()
+        events, _ = atomic.read_lines(folder.events)
+        for event in events:
+            self.ledger.apply(event)
+        self._record: dict[str, Any] = read_record(folder) if folder.record.exists() else {}
+        self._reconcile()
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """A copy of the record as it stands."""
+        with self._lock:
+            return dict(self._record)
+
+    def start(self, record: Mapping[str, Any]) -> None:
+        """Write the record of a run that starts, or starts again in its own folder (its attempt counts up)."""
+        with self._lock:
+            attempt = int(self._record.get("attempt", 0)) + 1
+            kept = {key: self._record[key] for key in ("started_at", "mlflow", "parent") if self._record.get(key)}
+            self._record = {**record, **kept, "attempt": attempt}
+            self._write_record()
+        self._notify()
+
+    def update(self, **fields: Any) -> None:
+        """Change fields of the record and rewrite it; a nested mapping replaces the one before."""
+        with self._lock:
+            self._record.update(fields)
+            self._write_record()
+        self._notify()
+
+    def add_metrics(self, point: Mapping[str, Any]) -> None:
+        """Append a point of the learning curve."""
+        with self._lock:
+            atomic.append_line(self.folder.metrics, dict(point), durable=False)
+        self._notify()
+
+    def add_saved(self, metadata: CheckpointMetadata) -> None:
+        """Note that a checkpoint was committed."""
+        self._add_event({"event": "saved", **saved_facts(metadata)})
+
+    def add_mirrored(self, episode: int, uri: str) -> None:
+        """Note that a checkpoint lies whole in the mirror at `uri`."""
+        self._add_event({"event": "mirrored", "episode": episode, "uri": uri, "time": timestamp_now()})
+
+    def add_unmirrored(self, episode: int) -> None:
+        """Note that the mirror's copy of a checkpoint is gone."""
+        self._add_event({"event": "unmirrored", "episode": episode, "time": timestamp_now()})
+
+    def add_pruned(self, episode: int) -> None:
+        """Note that a checkpoint's files were removed from the folder."""
+        self._add_event({"event": "pruned", "episode": episode, "time": timestamp_now()})
+
+    def waiting_for_mirror(self) -> set[int]:
+        """Return the episodes that are on disk and not mirrored."""
+        with self._lock:
+            return {e for e in self.ledger.saved if e not in self.ledger.uris and e not in self.ledger.pruned}
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Call `listener` (quick, from any thread) after every change."""
+        self._listeners.append(listener)
+
+    def close(self) -> None:
+        """Release the folder."""
+        self._file_lock.release()
+
+    def _add_event(self, event: dict[str, Any]) -> None:
+        with self._lock:
+            atomic.append_line(self.folder.events, event)
+            self.ledger.apply(event)
+        self._notify()
+
+    def _write_record(self) -> None:
+        atomic.write_bytes(self.folder.record, atomic.dump_json(self._record))
+
+    def _notify(self) -> None:
+        for listener in self._listeners:
+            listener()
+
+    def _reconcile(self) -> None:
+        """Make the ledger agree with the folder where a crash came between a commit or removal and its line."""
+        on_disk = set(committed_episodes(self.folder))
+        for episode in sorted(on_disk):
+            if episode in self.ledger.saved and episode not in self.ledger.pruned:
+                continue
+            path = self.folder.metadata(episode)
+            try:
+                self.add_saved(parse_metadata(path.read_bytes(), path))
+            except (OSError, CheckpointCorruptError) as error:
+                logger.warning("A checkpoint is passed over: %s", error)
+        for episode in sorted(set(self.ledger.saved) - on_disk - self.ledger.pruned):
+            self.add_pruned(episode)
+
+
+def sweep_temporaries(folder: Path) -> list[Path]:
+    """Remove what a dead writer left half-written. The caller holds the folder's lock."""
+    from sb3_mlflow_ckpt.layout import TEMPORARY_PREFIX
+
+    removed = []
+    for path in folder.iterdir():
+        if path.name.startswith(TEMPORARY_PREFIX) and path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed

@@ -1,0 +1,140 @@
+"""Owns the mapping between ids and paths. Pure: touches no disk. Nobody else joins path strings.
+
+checkpoints/<agent_id>/<run_id>/ep000050.zip and its siblings; see docs/checkpointing.md.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from sb3_mlflow_ckpt.errors import InvalidIdError
+
+RECORD_NAME = "run.json"
+METRICS_NAME = "metrics.jsonl"
+EVENTS_NAME = "checkpoints.jsonl"
+LOCK_NAME = ".lock"
+METADATA_SUFFIX = "_metadata.json"
+TEMPORARY_PREFIX = ".tmp-"
+
+_MODEL_NAME = re.compile(r"ep(\d{6,18})\.zip")
+_METADATA_NAME = re.compile(r"ep(\d{6,18})_metadata\.json")
+_FORBIDDEN = frozenset('/\\:*?"<>|')
+# Names that Windows keeps for devices: a folder of a shared drive must be readable there too.
+_RESERVED = frozenset({"con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10))})
+
+
+def check_id(value: str, what: str) -> str:
+    """Return an agent id or run id unchanged if it can name a folder.
+
+    Raises:
+        InvalidIdError: The id is empty, too long, or could leave its folder.
+    """
+    problem = _id_problem(value)
+    if problem:
+        raise InvalidIdError(
+            f"{what} {value!r} {problem}. Use letters, digits, '-', '_' or '.', for example 'ppo_agent'"
+        )
+    return value
+
+
+def _id_problem(value: str) -> str | None:
+    if not isinstance(value, str) or not value:
+        return "is empty"
+    if len(value.encode("utf-8", "surrogatepass")) > 200:
+        return "is longer than 200 bytes"
+    if any(character in _FORBIDDEN for character in value):
+        return "holds a character that separates or is reserved in paths"
+    if any(unicodedata.category(character).startswith("C") for character in value):
+        return "holds a control character"
+    if value[0] in ".- " or value[-1] in ". ":
+        return "begins or ends with a character that paths or shells treat specially"
+    if value.split(".")[0].lower() in _RESERVED:
+        return "is a reserved device name"
+    return None
+
+
+def id_spellings(run_id: str) -> tuple[str, ...]:
+    """Return the folder names that may hold a run: as given, and a UUID with and without its dashes."""
+    try:
+        parsed = uuid.UUID(run_id)
+    except (ValueError, AttributeError):
+        return (run_id,)
+    return tuple(dict.fromkeys((run_id, parsed.hex, str(parsed))))
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one training run and the names in it.
+
+    Raises:
+        InvalidIdError: An id could leave the folder.
+    """
+
+    checkpoint_dir: Path
+    agent_id: str
+    run_id: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "checkpoint_dir", Path(self.checkpoint_dir))
+        check_id(self.agent_id, "agent_id")
+        check_id(self.run_id, "run_id")
+
+    @classmethod
+    def at(cls, path: Path) -> RunFolder:
+        """Return the run folder that a path of the form `<checkpoint_dir>/<agent_id>/<run_id>` names."""
+        path = Path(path).absolute()
+        return cls(path.parent.parent, path.parent.name, path.name)
+
+    @property
+    def path(self) -> Path:
+        return self.checkpoint_dir / self.agent_id / self.run_id
+
+    @property
+    def record(self) -> Path:
+        return self.path / RECORD_NAME
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS_NAME
+
+    @property
+    def events(self) -> Path:
+        return self.path / EVENTS_NAME
+
+    @property
+    def lock(self) -> Path:
+        return self.path / LOCK_NAME
+
+    def model(self, episode: int) -> Path:
+        return self.path / f"ep{episode:06d}.zip"
+
+    def metadata(self, episode: int) -> Path:
+        return self.path / f"ep{episode:06d}{METADATA_SUFFIX}"
+
+
+def model_episode(name: str) -> int | None:
+    """Return the episode of a file name such as `ep000050.zip`, or None for any other name."""
+    match = _MODEL_NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def metadata_episode(name: str) -> int | None:
+    """Return the episode of a file name such as `ep000050_metadata.json`, or None for any other name."""
+    match = _METADATA_NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def metadata_path(model_path: Path) -> Path:
+    """Return where the metadata of a checkpoint's zip lies: `ep000050.zip` -> `ep000050_metadata.json`."""
+    return model_path.with_name(model_path.name.removesuffix(".zip") + METADATA_SUFFIX)
+
+
+def model_path(path: Path) -> Path:
+    """Return the zip that a zip's or a metadata file's path names."""
+    if path.name.endswith(METADATA_SUFFIX):
+        return path.with_name(path.name.removesuffix(METADATA_SUFFIX) + ".zip")
+    return path

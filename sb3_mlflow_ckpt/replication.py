@@ -1,0 +1,124 @@
+"""Owns the `Mirror` protocol and the threads that bring mirrors up to date with a run's journal.
+
+A mirror that is down or slow costs training nothing: each has a thread of its own, which tries again until the
+run ends, and what is missing then is sent by `sb3-mlflow-ckpt checkpoints sync`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from sb3_mlflow_ckpt.journal import RunJournal
+from sb3_mlflow_ckpt.runs.document import redact
+
+logger = logging.getLogger(__name__)
+
+_FIRST_RETRY_SECONDS = 0.5
+_LONGEST_RETRY_SECONDS = 15.0
+
+
+class Mirror(Protocol):
+    """A copy of runs somewhere else.
+
+    Attributes:
+        name: What messages call it.
+        stores_checkpoints: Whether it holds checkpoints' files, so that retention waits for it.
+    """
+
+    name: str
+    stores_checkpoints: bool
+
+    def open(self, record: Mapping[str, Any]) -> str | None:
+        """Contact the service before training starts.
+
+        Returns:
+            The id that the service gave the run, where it names runs; None otherwise.
+
+        Raises:
+            MirrorUnavailableError: It does not answer.
+        """
+        ...
+
+    def replicate(self, journal: RunJournal) -> None:
+        """Send everything that the journal has and the mirror has not. Idempotent; raises on an outage."""
+        ...
+
+
+class Replicator:
+    """Runs one mirror in a daemon thread: wakes on every change of the journal, retries with a growing pause.
+
+    Args:
+        mirror: What to bring up to date.
+        journal: The run.
+    """
+
+    def __init__(self, mirror: Mirror, journal: RunJournal) -> None:
+        self.mirror = mirror
+        self._journal = journal
+        self._changed = threading.Event()
+        self._closing = threading.Event()
+        self._done = threading.Event()
+        self._failure: BaseException | None = None
+        journal.on_change(self._changed.set)
+        # A daemon: a request that hangs must not keep the process from ending.
+        self._thread = threading.Thread(target=self._run, name=f"mirror-{mirror.name}", daemon=True)
+
+    def start(self) -> None:
+        """Begin; everything that is in the journal already is sent first."""
+        self._changed.set()
+        self._thread.start()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the last attempt failed, or None where it succeeded."""
+        return self._failure
+
+    def close(self, timeout: float) -> bool:
+        """Send what is left, for at most `timeout` seconds; return whether the mirror has everything."""
+        self._closing.set()
+        self._changed.set()
+        self._thread.join(timeout)
+        return self._done.is_set()
+
+    def _run(self) -> None:
+        pause = _FIRST_RETRY_SECONDS
+        while True:
+            self._changed.wait()
+            # Cleared before the work: a change that comes during it wakes the next round.
+            closing = self._closing.is_set()
+            self._changed.clear()
+            try:
+                self.mirror.replicate(self._journal)
+            except Exception as error:
+                self._note(error)
+                self._changed.set()
+                # Closing cuts the pause short, so that the last round is not spent waiting.
+                if self._closing.wait(pause):
+                    time.sleep(min(pause, 1.0))
+                pause = min(2 * pause, _LONGEST_RETRY_SECONDS)
+                continue
+            if self._failure is not None:
+                logger.warning("%s answers again; what was missing has been sent", self.mirror.name)
+            self._failure, pause = None, _FIRST_RETRY_SECONDS
+            if closing:
+                self._done.set()
+                return
+
+    def _note(self, error: Exception) -> None:
+        if self._failure is None:
+            reason = redact(str(error)).strip().splitlines() or [type(error).__name__]
+            logger.warning(
+                "%s cannot be reached; training goes on, and it is sent later (%s)", self.mirror.name, reason[0][:300]
+            )
+            logger.debug("%s", self.mirror.name, exc_info=error)
+        self._failure = error
+
+
+def close_all(replicators: Sequence[Replicator], timeout: float) -> list[str]:
+    """Close replicators within one common deadline; return the names of the mirrors that miss something."""
+    deadline = time.monotonic() + timeout
+    return [r.mirror.name for r in replicators if not r.close(max(0.0, deadline - time.monotonic()))]

@@ -1,0 +1,155 @@
+"""Owns the shape of a run record: what `run.json` and the collection `training_runs` hold. Pure.
+
+Checkpoints and the learning curve are kept beside the record (`checkpoints.jsonl`, `metrics.jsonl`;
+`training_checkpoints`, `training_metrics`), so that a record's size does not grow with the run's length.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any, Literal
+
+from sb3_mlflow_ckpt.metadata import timestamp_now
+
+SCHEMA_VERSION = 1
+
+Status = Literal["running", "completed", "failed", "interrupted"]
+TERMINAL_STATUSES: tuple[str, ...] = ("completed", "failed", "interrupted")
+
+# A credential in any URI: everything between "//" and the last "@" before the path.
+_USERINFO = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s@]*(?:@[^/\s@]*)*@")
+_SECRET_QUERY = re.compile(r"(?i)([?&](?:password|passwd|token|secret|access_key|secret_key|sig|signature)=)[^&\s]*")
+
+
+def redact(text: str) -> str:
+    """Return a text with the credentials of every URI in it replaced by `***`."""
+    return _SECRET_QUERY.sub(r"\1***", _USERINFO.sub(r"\g<scheme>***@", text))
+
+
+def redact_all(value: Any) -> Any:
+    """Return a JSON value with `redact` applied to every string in it."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {key: redact_all(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact_all(item) for item in value]
+    return value
+
+
+def finite(value: float | None) -> float | None:
+    """Return a number as JSON can hold it: None for NaN and infinities."""
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def new_record(
+    *,
+    run_id: str,
+    agent_id: str,
+    name: str | None,
+    algo: str,
+    env_id: str | None,
+    config: Mapping[str, Any],
+    total_timesteps: int | None,
+    parent: Mapping[str, Any] | None,
+    root_run_id: str | None,
+    heartbeat_seconds: float,
+    environment: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the record of a run that starts now.
+
+    Args:
+        run_id: The run's id.
+        agent_id: The agent's id.
+        name: What a person calls the run.
+        algo: Name of the algorithm.
+        env_id: Name of the environment, if it is known.
+        config: The training configuration, as plain JSON; credentials are removed here.
+        total_timesteps: The target of the whole training.
+        parent: `{run_id, checkpoint, episode, sha256}` of the checkpoint that it resumes.
+        root_run_id: The first run of the chain; this one where it is None.
+        heartbeat_seconds: How often `heartbeat_at` is renewed.
+        environment: `host`, `pid`, `command`, `git`, `versions`.
+    """
+    now = timestamp_now()
+    return redact_all(
+        {
+            "run_id": run_id,
+            "schema_version": SCHEMA_VERSION,
+            "agent_id": agent_id,
+            "name": name,
+            "algo": algo,
+            "env_id": env_id,
+            "status": "running",
+            "attempt": 1,
+            "config": dict(config),
+            "overrides": {},
+            "parent": dict(parent) if parent else None,
+            "root_run_id": root_run_id or run_id,
+            "progress": {
+                "num_timesteps": 0,
+                "total_timesteps": total_timesteps,
+                "episode": 0,
+                "steps_per_second": None,
+                "mean_reward": None,
+            },
+            "started_at": now,
+            "heartbeat_at": now,
+            "heartbeat_seconds": heartbeat_seconds,
+            "last_step_at": None,
+            "ended_at": None,
+            "error": None,
+            "mlflow": None,
+            **dict(environment),
+        }
+    )
+
+
+def derived_status(record: Mapping[str, Any], now: datetime | None = None) -> str:
+    """Return a record's status as a reader shows it: `lost` where a running run's heartbeat is stale.
+
+    Stale is older than max(120 s, 8 heartbeats); a late heartbeat makes the run running again, so `lost` is
+    never written.
+    """
+    status = str(record.get("status"))
+    if status != "running":
+        return status
+    try:
+        heartbeat = datetime.fromisoformat(str(record.get("heartbeat_at")).replace("Z", "+00:00"))
+    except ValueError:
+        return status
+    age = ((now or datetime.now(timezone.utc)) - heartbeat).total_seconds()
+    return "lost" if age > max(120.0, 8 * float(record.get("heartbeat_seconds") or 0)) else status
+
+
+def checkpoint_entry(
+    saved: Mapping[str, Any], *, path: str, uri: str | None, on_disk: bool
+) -> dict[str, Any]:
+    """Return one item of `checkpoint_paths`.
+
+    Args:
+        saved: The facts of the commit: `episode`, `num_timesteps`, `timestamp`, `bytes`, `sha256`,
+            `mean_reward`, `trigger`.
+        path: Where its zip lies or lay.
+        uri: Its address in the MLflow mirror, if it is there.
+        on_disk: Whether the zip is still in the run folder.
+
+    Returns:
+        The item; `state` is `mirrored` (a mirror holds it), `local` (only the disk does) or `pruned` (nobody).
+    """
+    return {
+        "episode": saved["episode"],
+        "path": path,
+        "uri": uri,
+        "num_timesteps": saved.get("num_timesteps"),
+        "timestamp": saved.get("timestamp"),
+        "bytes": saved.get("bytes"),
+        "sha256": saved.get("sha256"),
+        "mean_reward": saved.get("mean_reward"),
+        "trigger": saved.get("trigger"),
+        "state": "mirrored" if uri else "local" if on_disk else "pruned",
+        "on_disk": on_disk,
+    }
