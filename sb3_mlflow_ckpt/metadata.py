@@ -63,6 +63,7 @@ class CheckpointMetadata(BaseModel):
     versions: dict[str, str] = Field(default_factory=dict, description="Versions of what made it")
     spaces: dict[str, Any] = Field(default_factory=dict, description="The observation and action space")
     parent: ParentReference | None = Field(default=None, description="The checkpoint that its run was resumed from")
+    root_run_id: str | None = Field(default=None, description="The first run of the chain of resumes")
     resume_state: dict[str, Any] = Field(
         default_factory=dict, description="What of the training's state is in it, `exact`, and why not"
     )

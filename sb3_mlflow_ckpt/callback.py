@@ -1,0 +1,325 @@
+"""Owns `EpisodeCheckpointCallback`: checkpoints, a run record and mirrors for anybody's own `model.learn(...)`."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_mlflow_ckpt.algorithms import algorithm_name, describe_model
+from sb3_mlflow_ckpt.checkpoints import origin
+from sb3_mlflow_ckpt.commit import capture_checkpoint
+from sb3_mlflow_ckpt.curve import CurveSampler
+from sb3_mlflow_ckpt.errors import CheckpointSaveError, MirrorUnavailableError, TrainingInterrupted
+from sb3_mlflow_ckpt.interruption import ExitGuard, SignalGuard
+from sb3_mlflow_ckpt.layout import RunFolder, check_id
+from sb3_mlflow_ckpt.live_run import LiveRun, RunOptions
+from sb3_mlflow_ckpt.metadata import ParentReference
+from sb3_mlflow_ckpt.policies import EveryNEpisodes, KeepLastN, MirrorBacklog
+from sb3_mlflow_ckpt.provenance import environment
+from sb3_mlflow_ckpt.replication import Mirror
+from sb3_mlflow_ckpt.runs.document import new_record
+from sb3_mlflow_ckpt.state.model import all_finite
+from sb3_mlflow_ckpt.state.replay import ReplayRefill
+
+logger = logging.getLogger(__name__)
+
+
+class EpisodeCheckpointCallback(BaseCallback):
+    """Saves a checkpoint every N episodes, at the end, on an exception and on SIGTERM or SIGINT.
+
+    Episodes are counted over all environments. The run's record and learning curve are kept beside the
+    checkpoints and copied to the mirrors in the background. After a signal the training stops with
+    `TrainingInterrupted`, a SystemExit of code 128 + the signal's number.
+
+    A model from `load_checkpoint` goes on from its checkpoint's episode, in a run of its own that names its parent.
+
+    Args:
+        checkpoint_interval_episodes: Episodes between checkpoints; 0 saves only at the end.
+        keep_last_n_checkpoints: Checkpoints kept on disk; 0 keeps all.
+        checkpoint_dir: The folder that holds agents' folders.
+        agent_id: The agent's id; `<algo>_agent` where it is None.
+        run_id: The run's id; the MLflow run's where it is None, a fresh UUID without MLflow.
+        run_name: What a person calls the run.
+        config: The training configuration for the record; read off the model where it is None.
+        overrides: What the run changed of its parent's configuration, as `{key: {"from": ..., "to": ...}}`.
+        mirrors: Copies elsewhere: `MLflowMirror()`, `MongoMirror(uri)`.
+        start_offline: Train even if a mirror does not answer at the start.
+        on_save_failure: `stop` raises CheckpointSaveError on the training thread, `continue` logs it.
+        handle_signals: Whether SIGTERM and SIGINT are taken over while training (main thread only).
+        heartbeat_seconds: How often the record says that the run lives.
+        sync_timeout_seconds: How long the end waits for a mirror that is behind.
+        max_unmirrored_checkpoints: Checkpoints that an outage may keep on disk beyond keep_last_n_checkpoints.
+        verbose: SB3's verbosity.
+
+    Raises:
+        InvalidIdError: An id could leave its folder.
+    """
+
+    def __init__(
+        self,
+        checkpoint_interval_episodes: int = 50,
+        keep_last_n_checkpoints: int = 3,
+        checkpoint_dir: str | Path = "checkpoints",
+        *,
+        agent_id: str | None = None,
+        run_id: str | None = None,
+        run_name: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        mirrors: Sequence[Mirror] = (),
+        start_offline: bool = False,
+        on_save_failure: Literal["stop", "continue"] = "stop",
+        handle_signals: bool = True,
+        heartbeat_seconds: float = 10.0,
+        sync_timeout_seconds: float = 60.0,
+        max_unmirrored_checkpoints: int = 50,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(verbose)
+        for value, what in ((agent_id, "agent_id"), (run_id, "run_id")):
+            if value is not None:
+                check_id(value, what)
+        self.episode = 0
+        self.run_id = run_id
+        self.agent_id = agent_id
+        self.run_name = run_name
+        self.behind: list[str] = []
+        self._checkpoint_dir = Path(checkpoint_dir)
+        self._config = config
+        self._overrides = dict(overrides or {})
+        self._mirrors = tuple(mirrors)
+        self._start_offline = start_offline
+        self._on_save_failure = on_save_failure
+        self._interval = EveryNEpisodes(checkpoint_interval_episodes)
+        self._options = RunOptions(
+            KeepLastN(keep_last_n_checkpoints),
+            MirrorBacklog(max_unmirrored_checkpoints),
+            heartbeat_seconds,
+            sync_timeout_seconds,
+        )
+        self._signals = SignalGuard(enabled=handle_signals)
+        self._exit = ExitGuard(self.abort)
+        self._live: LiveRun | None = None
+        self._parent: ParentReference | None = None
+        self._root_run_id: str | None = None
+        self._saved_state: tuple[int, int, int] | None = None
+        self._refill: ReplayRefill | None = None
+        self._curve = CurveSampler()
+        self._latest_of_ended: Path | None = None
+        self._monitored: tuple[int, int] = (0, 0)
+
+    @property
+    def folder(self) -> RunFolder | None:
+        """The run's folder, once training has begun."""
+        if self.agent_id is None or self.run_id is None:
+            return None
+        return RunFolder(self._checkpoint_dir, self.agent_id, self.run_id)
+
+    @property
+    def latest_checkpoint(self) -> Path | None:
+        """The newest checkpoint that this run committed."""
+        return self._live.latest if self._live is not None else self._latest_of_ended
+
+    def __enter__(self) -> EpisodeCheckpointCallback:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Save and end the run if an error left `learn`: at once, not when the process ends."""
+        if error is not None:
+            self.abort(error)
+
+    def abort(self, error: BaseException | None = None) -> None:
+        """Save what can be saved and end the run as failed, or interrupted where a signal was the cause.
+
+        Does nothing when no training is under way.
+
+        Args:
+            error: What ended the training.
+        """
+        live = self._live
+        if live is None:
+            return
+        interrupted = self._signals.received is not None or isinstance(error, (KeyboardInterrupt, TrainingInterrupted))
+        if not isinstance(error, (CheckpointSaveError, TrainingInterrupted)):
+            try:
+                if all_finite(self.model):
+                    self._save(self.episode, "signal" if interrupted else "exception")
+                    live.flush()
+                else:
+                    logger.error("No checkpoint of the failure: the policy holds values that are no numbers")
+            except Exception:
+                logger.exception("The state at the failure could not be saved")
+        self._finish("interrupted" if interrupted else "failed", None if interrupted else error)
+
+    def _on_training_start(self) -> None:
+        # After learn(reset_num_timesteps=True) a loaded model starts a training of its own.
+        came_from = origin(self.model) if self.model.num_timesteps > 0 else None
+        if came_from is not None:
+            self._refill = ReplayRefill(self.model)
+            if self._parent is None:
+                self._parent, self.episode = came_from.reference, came_from.metadata.episode
+                self._root_run_id = came_from.metadata.root_run_id or came_from.metadata.run_id
+        self.agent_id = self.agent_id or f"{algorithm_name(type(self.model)).rpartition(':')[2].lower()}_agent"
+        record = self._new_record()
+        self.run_id = self._open_mirrors(record)
+        self._root_run_id = self._root_run_id or self.run_id
+        record |= {"run_id": self.run_id, "root_run_id": self._root_run_id}
+        self._live = LiveRun(
+            RunFolder(self._checkpoint_dir, self.agent_id, self.run_id), record, self._mirrors, self._options
+        )
+        self.logger.output_formats.append(self._curve)
+        self._curve.start(self.num_timesteps)
+        self._signals.install()
+        self._exit.install()
+
+    def _on_step(self) -> bool:
+        dones = self.locals.get("dones")
+        self._count(int(np.count_nonzero(dones)) if dones is not None else self._ended_by_monitor())
+        live = self._running()
+        if self._curve.due():
+            self._add_point(live)
+        self._check_writer(live)
+        if self._signals.received is not None:
+            self._stop_for_signal(live, self._signals.received)
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if "dones" not in self.locals:
+            # ARS tells of a candidate's episodes after its last step.
+            self._count(self._ended_by_monitor())
+        if self._refill is not None:
+            self._refill.release_when_full()
+
+    def _on_training_end(self) -> None:
+        live = self._running()
+        if self._saved_state != self._state():
+            self._save(self.episode, "end")
+        live.flush()
+        failure = live.failure()
+        if failure is not None and self._on_save_failure == "stop":
+            self._finish("failed", failure)
+            raise failure
+        self._finish("completed")
+
+    def _running(self) -> LiveRun:
+        if self._live is None:
+            raise RuntimeError("The callback is called outside of learn()")
+        return self._live
+
+    def _count(self, ended: int) -> None:
+        if ended == 0:
+            return
+        before, self.episode = self.episode, self.episode + ended
+        due = self._interval.due(before, self.episode)
+        if due is not None:
+            self._save(due, "interval")
+
+    def _ended_by_monitor(self) -> int:
+        """Return how many episodes ended since the last call, for ARS, which shows callbacks no `dones`."""
+        infos = self.model.ep_info_buffer
+        identity, seen = self._monitored
+        count = len(infos) if infos is not None else 0
+        self._monitored = (id(infos), count)
+        return count - seen if id(infos) == identity else count
+
+    def _state(self) -> tuple[int, int, int]:
+        return self.episode, self.model.num_timesteps, int(getattr(self.model, "_n_updates", 0))
+
+    def _save(self, episode: int, trigger: str) -> None:
+        assert self.agent_id is not None and self.run_id is not None
+        capture = capture_checkpoint(
+            self.model,
+            agent_id=self.agent_id,
+            run_id=self.run_id,
+            episode=episode,
+            config=self._config,
+            trigger=trigger,
+            parent=self._parent,
+            root_run_id=self._root_run_id,
+            attributes=self._refill.attributes if self._refill is not None else None,
+        )
+        self._running().save(capture)
+        self._saved_state = self._state()
+
+    def _check_writer(self, live: LiveRun) -> None:
+        failure = live.failure()
+        if failure is None:
+            return
+        if self._on_save_failure == "stop":
+            raise failure
+        logger.error("%s; training goes on (on_save_failure: continue)", failure)
+
+    def _stop_for_signal(self, live: LiveRun, signum: int) -> None:
+        if self._saved_state != self._state():
+            self._save(self.episode, "signal")
+        live.flush()
+        checkpoint = live.latest
+        self._check_writer(live)
+        self._finish("interrupted")
+        raise TrainingInterrupted(signum, checkpoint)
+
+    def _add_point(self, live: LiveRun) -> None:
+        point = self._curve.point(self.model, self.episode)
+        live.add_metrics(point)
+        live.report(
+            num_timesteps=self.num_timesteps,
+            episode=self.episode,
+            steps_per_second=point["steps_per_second"],
+            mean_reward=point["ep_rew_mean"],
+        )
+
+    def _finish(self, status: str, error: BaseException | None = None) -> None:
+        live, self._live = self._live, None
+        if live is None:
+            return
+        self._add_point(live)
+        if self._curve in self.logger.output_formats:
+            self.logger.output_formats.remove(self._curve)
+        if self._refill is not None:
+            self._refill.release()
+        try:
+            self.behind = live.finish(status, error)
+        finally:
+            self._latest_of_ended = live.latest
+            self._exit.remove()
+            self._signals.remove()
+
+    def _new_record(self) -> dict[str, Any]:
+        if self._config is None:
+            self._config = describe_model(self.model, total_timesteps=self.model._total_timesteps)
+        assert self.agent_id is not None
+        record = new_record(
+            run_id=self.run_id or "",
+            agent_id=self.agent_id,
+            name=self.run_name,
+            algo=algorithm_name(type(self.model)),
+            env_id=self._config.get("env_id"),
+            config=self._config,
+            total_timesteps=self._config.get("total_timesteps") or self.model._total_timesteps,
+            parent=self._parent.model_dump() if self._parent is not None else None,
+            root_run_id=self._root_run_id,
+            heartbeat_seconds=self._options.heartbeat_seconds,
+            environment=environment(),
+        )
+        record["overrides"] = self._overrides
+        return record
+
+    def _open_mirrors(self, record: Mapping[str, Any]) -> str:
+        names = []
+        for mirror in self._mirrors:
+            try:
+                names.append(mirror.open(record))
+            except MirrorUnavailableError as error:
+                if not self._start_offline:
+                    raise
+                logger.warning("%s", error)
+        return self.run_id or next((name for name in names if name), None) or uuid.uuid4().hex

@@ -1,0 +1,159 @@
+"""Owns the write protocol of a checkpoint: capture in memory, commit to disk, remove.
+
+Commit: the zip is staged, synced and renamed, then its metadata the same way; the metadata's presence is the
+commit. Removal goes the other way round. So a reader sees a whole checkpoint or none, whatever dies when.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sb3_mlflow_ckpt import atomic
+from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointSaveError
+from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.metadata import CheckpointMetadata, FileEntry, ParentReference, timestamp_now
+from sb3_mlflow_ckpt.verification import read_metadata
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.base_class import BaseAlgorithm
+
+    from sb3_mlflow_ckpt.state.model import ModelCapture
+
+_DISK_FULL = (
+    "Reduce keep_last_n_checkpoints, increase checkpoint_interval_episodes, clean up old checkpoints, "
+    "or use a different checkpoint_dir with more space"
+)
+
+
+class CheckpointCapture(NamedTuple):
+    """A checkpoint in memory: what the training thread hands to the writer."""
+
+    model: ModelCapture
+    metadata: CheckpointMetadata
+
+
+def capture_checkpoint(
+    model: BaseAlgorithm,
+    *,
+    agent_id: str,
+    run_id: str,
+    episode: int,
+    config: Mapping[str, Any] | None = None,
+    extra_state: Mapping[str, Any] | None = None,
+    trigger: str = "manual",
+    parent: ParentReference | None = None,
+    root_run_id: str | None = None,
+    attributes: Mapping[str, Any] | None = None,
+) -> CheckpointCapture:
+    """Copy a model and what is known of it; nothing of the copy changes when training goes on.
+
+    Args:
+        model: Any SB3 algorithm.
+        agent_id: The agent's id.
+        run_id: The run's id.
+        episode: Finished episodes of the whole training.
+        config: The training configuration, as plain JSON.
+        extra_state: Anything else to keep, as plain JSON.
+        trigger: Why it is saved.
+        parent: The checkpoint that the run was resumed from.
+        root_run_id: The first run of the chain of resumes.
+        attributes: Values to record in place of the model's own (see `state.model.capture_model`).
+    """
+    from sb3_mlflow_ckpt.algorithms import algorithm_name
+    from sb3_mlflow_ckpt.environments import describe_space
+    from sb3_mlflow_ckpt.provenance import versions
+    from sb3_mlflow_ckpt.state.model import capture_model
+
+    captured = capture_model(model, attributes)
+    metadata = CheckpointMetadata(
+        episode=episode,
+        run_id=run_id,
+        config=dict(config or {}),
+        timestamp=timestamp_now(),
+        extra_state=dict(extra_state or {}),
+        agent_id=agent_id,
+        algo=algorithm_name(type(model)),
+        num_timesteps=int(model.num_timesteps),
+        n_updates=int(getattr(model, "_n_updates", 0)),
+        trigger=trigger,
+        versions=versions(),
+        spaces={
+            "observation": describe_space(model.observation_space),
+            "action": describe_space(model.action_space),
+        },
+        parent=parent,
+        root_run_id=root_run_id or run_id,
+        resume_state={
+            "restored": ["parameters", "optimizers", "counters", *(["vec_normalize"] if captured.arrays else [])],
+            "exact": False,
+            "reason": "random states, environments and replay buffers are not part of the checkpoint",
+        },
+        metrics=_last_episodes(captured.state),
+    )
+    return CheckpointCapture(captured, metadata)
+
+
+def commit_checkpoint(folder: RunFolder, capture: CheckpointCapture) -> CheckpointMetadata:
+    """Write a captured checkpoint; when this returns it survives a power cut.
+
+    A checkpoint of the same episode is replaced. Two files cannot be renamed at once, so while that happens the
+    metadata describes both contents of the zip, the old one and the new (`replacement`).
+
+    Returns:
+        The metadata as written, with the files' hashes.
+
+    Raises:
+        CheckpointSaveError: The disk is full, read-only or broken; what was there before is untouched.
+    """
+    from sb3_mlflow_ckpt.state.archive import write_archive
+
+    episode = capture.metadata.episode
+    path, metadata_file = folder.model(episode), folder.metadata(episode)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with atomic.staged(path) as (file, temporary):
+            write_archive(file, capture.model, capture.metadata)
+        entry = FileEntry(name=path.name, bytes=temporary.stat().st_size, sha256=atomic.sha256(temporary))
+        metadata = capture.metadata.model_copy(update={"files": [entry]})
+        try:
+            if metadata_file.exists():
+                _announce_replacement(path, metadata_file, metadata)
+            atomic.commit(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        atomic.write_bytes(metadata_file, atomic.dump_json(metadata.to_json()))
+    except (OSError, ValueError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = _DISK_FULL if full else "Check that checkpoint_dir is a writable folder"
+        raise CheckpointSaveError(path, error, hint) from error
+    return metadata
+
+
+def remove_checkpoint(folder: RunFolder, episode: int) -> None:
+    """Remove one checkpoint: first its metadata, which withdraws the commit, then the zip."""
+    folder.metadata(episode).unlink(missing_ok=True)
+    atomic.fsync_dir(folder.path)
+    folder.model(episode).unlink(missing_ok=True)
+
+
+def _announce_replacement(path: Path, metadata_file: Path, metadata: CheckpointMetadata) -> None:
+    try:
+        before = read_metadata(path).to_json()
+    except CheckpointError:
+        return  # There is nothing whole to preserve.
+    before.pop("replacement", None)
+    atomic.write_bytes(metadata_file, atomic.dump_json({**before, "replacement": metadata.to_json()}))
+
+
+def _last_episodes(state: Mapping[str, Any]) -> dict[str, float | None]:
+    infos = state["info_buffers"]["ep_info_buffer"]
+    if not infos:
+        return {"mean_reward": None, "mean_length": None}
+    return {
+        "mean_reward": sum(info["r"] for info in infos) / len(infos),
+        "mean_length": sum(info["l"] for info in infos) / len(infos),
+    }

@@ -1,0 +1,179 @@
+"""Owns one training run while it runs: its folder, journal, writer, heartbeat and mirrors, from start to finish.
+
+Knows nothing of stable-baselines3: it is handed captures and numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sb3_mlflow_ckpt.commit import CheckpointCapture, commit_checkpoint, remove_checkpoint
+from sb3_mlflow_ckpt.errors import describe
+from sb3_mlflow_ckpt.journal import RunJournal, sweep_temporaries
+from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.metadata import timestamp_now
+from sb3_mlflow_ckpt.policies import KeepLastN, MirrorBacklog
+from sb3_mlflow_ckpt.replication import Mirror, Replicator, close_all
+from sb3_mlflow_ckpt.runs.document import redact_all
+from sb3_mlflow_ckpt.writer import BackgroundWriter
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is kept.
+
+    Attributes:
+        retention: Which checkpoints stay on disk.
+        backlog: How many may wait for a mirror.
+        heartbeat_seconds: How often the record says that the run lives.
+        sync_timeout_seconds: How long the end waits for a mirror that is behind.
+    """
+
+    retention: KeepLastN = field(default_factory=KeepLastN)
+    backlog: MirrorBacklog = field(default_factory=MirrorBacklog)
+    heartbeat_seconds: float = 10.0
+    sync_timeout_seconds: float = 60.0
+
+
+class LiveRun:
+    """A run that is training now, in this process.
+
+    Args:
+        folder: Where it is kept.
+        record: Its record.
+        mirrors: Where it is copied to.
+        options: How it is kept.
+
+    Raises:
+        RunFolderBusyError: Another process trains in this folder.
+    """
+
+    def __init__(
+        self, folder: RunFolder, record: Mapping[str, Any], mirrors: Sequence[Mirror], options: RunOptions
+    ) -> None:
+        self.folder = folder
+        self.latest: Path | None = None
+        self._options = options
+        self._gave_up: set[int] = set()
+        self._mirrored = any(mirror.stores_checkpoints for mirror in mirrors)
+        self._progress: dict[str, Any] = dict(record["progress"])
+        self._last_step_at: str | None = None
+        self._journal = RunJournal(folder)
+        sweep_temporaries(folder.path)
+        self._journal.start(record)
+        self._writer = BackgroundWriter()
+        self._replicators = [Replicator(mirror, self._journal) for mirror in mirrors]
+        for replicator in self._replicators:
+            replicator.start()
+        self._ended = threading.Event()
+        self._heartbeat = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._heartbeat.start()
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The record as it stands."""
+        return self._journal.record
+
+    def save(self, capture: CheckpointCapture) -> float:
+        """Queue a checkpoint for the background writer; return the seconds that the caller waited for room."""
+        return self._writer.submit(lambda: self._commit(capture))
+
+    def failure(self) -> BaseException | None:
+        """Return why a checkpoint could not be written, once for each, or None."""
+        return self._writer.failure()
+
+    def flush(self) -> None:
+        """Wait until every checkpoint that was queued is on disk or has failed."""
+        self._writer.drain()
+
+    def report(self, **progress: Any) -> None:
+        """Note how far training is; the next heartbeat records it."""
+        self._progress.update(progress)
+        self._last_step_at = timestamp_now()
+
+    def add_metrics(self, point: Mapping[str, Any]) -> None:
+        """Append a point of the learning curve; a disk that refuses it does not stop training."""
+        try:
+            self._journal.add_metrics(point)
+        except OSError as error:
+            logger.warning("A point of the learning curve was not written: %s", error)
+
+    def finish(self, status: str, error: BaseException | None = None) -> list[str]:
+        """End the run: drain the writer, record the end, let the mirrors catch up, release the folder.
+
+        Args:
+            status: completed, failed or interrupted.
+            error: Why it failed.
+
+        Returns:
+            The names of mirrors that still miss something.
+        """
+        self._writer.close()
+        self._ended.set()
+        self._heartbeat.join()
+        try:
+            self._journal.update(
+                status=status,
+                ended_at=timestamp_now(),
+                error=redact_all(describe(error)) if error is not None else None,
+                **self._vital_signs(),
+            )
+        except OSError as failure:
+            logger.error("The end of the run could not be recorded in %s: %s", self.folder.record, failure)
+        behind = close_all(self._replicators, self._options.sync_timeout_seconds)
+        for name in behind:
+            logger.warning(
+                "%s misses a part of this run; send it with: sb3-mlflow-ckpt checkpoints sync --checkpoint-dir %s",
+                name,
+                self.folder.checkpoint_dir,
+            )
+        self._prune()
+        self._journal.close()
+        return behind
+
+    def _commit(self, capture: CheckpointCapture) -> None:
+        metadata = commit_checkpoint(self.folder, capture)
+        self._journal.add_saved(metadata)
+        self.latest = self.folder.model(metadata.episode)
+        self._prune()
+
+    def _prune(self) -> None:
+        ledger = self._journal.ledger
+        protected: set[int] = set()
+        if self._mirrored:
+            protected, given_up = self._options.backlog.split(self._journal.waiting_for_mirror())
+            if given_up - self._gave_up:
+                logger.error(
+                    "%d checkpoints wait for MLflow, more than max_unmirrored_checkpoints allows: "
+                    "the oldest are removed from disk without a copy",
+                    len(given_up) + len(protected),
+                )
+                self._gave_up |= given_up
+        episodes = [episode for episode in ledger.saved if episode not in ledger.pruned]
+        for episode in self._options.retention.removable(episodes, protected):
+            try:
+                remove_checkpoint(self.folder, episode)
+                self._journal.add_pruned(episode)
+            except OSError as error:
+                logger.warning("An old checkpoint could not be removed: %s", error)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._options.heartbeat_seconds):
+            try:
+                self._journal.update(**self._vital_signs())
+            except OSError as error:
+                logger.warning("The heartbeat was not written: %s", error)
+
+    def _vital_signs(self) -> dict[str, Any]:
+        return {
+            "heartbeat_at": timestamp_now(),
+            "progress": dict(self._progress),
+            "last_step_at": self._last_step_at,
+        }

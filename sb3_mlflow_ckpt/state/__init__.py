@@ -1,0 +1,1 @@
+"""Owns capture and restore: SB3 objects <-> plain arrays, tensors and JSON. Never unpickles."""

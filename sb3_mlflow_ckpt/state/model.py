@@ -1,0 +1,182 @@
+"""Owns the model: what of an algorithm is captured at a checkpoint, and how it is put into a fresh one."""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.save_util import data_to_json, recursive_getattr, recursive_setattr
+from stable_baselines3.common.vec_env import unwrap_vec_normalize
+
+from sb3_mlflow_ckpt.state import normalization
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.base_class import BaseAlgorithm
+
+_COUNTERS = (
+    "num_timesteps",
+    "_total_timesteps",
+    "_episode_num",
+    "_n_updates",
+    "_n_calls",
+    "_current_progress_remaining",
+    "exploration_rate",
+    "old_count",
+)
+_INFO_BUFFERS = ("ep_info_buffer", "ep_success_buffer")
+# SAC and its kin: what the coefficient's own setting decides. A run that overrides the setting starts it anew.
+_ENTROPY_STATE = frozenset({"ent_coef_optimizer", "log_ent_coef", "ent_coef_tensor"})
+
+
+@dataclass(frozen=True)
+class ModelCapture:
+    """A model as it stood at one moment, sharing no memory with it.
+
+    Attributes:
+        data: SB3's own JSON of everything that is no tensor.
+        state_dicts: Parameters and optimizers by SB3's names; tensors are clones.
+        variables: Other tensors (`log_ent_coef`).
+        state: Counters and settings, as plain JSON.
+        arrays: Statistics of VecNormalize; empty without one.
+    """
+
+    data: str
+    state_dicts: dict[str, Any]
+    variables: dict[str, Any]
+    state: dict[str, Any]
+    arrays: normalization.Arrays = field(default_factory=dict)
+
+
+def capture_model(model: BaseAlgorithm, attributes: Mapping[str, Any] | None = None) -> ModelCapture:
+    """Return a copy of everything that a checkpoint holds of a model.
+
+    Args:
+        model: Any SB3 algorithm.
+        attributes: Values to record in place of the model's own, for attributes that are changed for a while.
+    """
+    memo: dict[tuple[Any, ...], th.Tensor] = {}
+    state_names, variable_names = model._get_torch_save_params()
+    excluded = set(model._excluded_save_params()) | {name.split(".")[0] for name in state_names + variable_names}
+    data = {key: value for key, value in vars(model).items() if key not in excluded} | dict(attributes or {})
+    state: dict[str, Any] = {
+        "counters": {key: _plain(getattr(model, key)) for key in _COUNTERS if hasattr(model, key)},
+        "info_buffers": {key: _plain(list(getattr(model, key) or ())) for key in _INFO_BUFFERS},
+    }
+    arrays: normalization.Arrays = {}
+    normalized = model.get_vec_normalize_env()
+    if normalized is not None:
+        state["vec_normalize"], arrays = normalization.capture(normalized)
+    return ModelCapture(
+        data=data_to_json(data),
+        state_dicts={name: _clone(value, memo) for name, value in model.get_parameters().items()},
+        variables={name: _clone(recursive_getattr(model, name), memo) for name in variable_names},
+        state=state,
+        arrays=arrays,
+    )
+
+
+def restore_model(
+    model: BaseAlgorithm,
+    capture: ModelCapture,
+    *,
+    overridden: Collection[str] = (),
+) -> None:
+    """Put a captured state into a model that was built from configuration.
+
+    Parameters, optimizers' moments, counters and VecNormalize statistics come from the capture; whatever the
+    constructor decides (learning rate, schedules, optimizer options, buffer sizes) stays as the model has it.
+
+    Args:
+        model: A fresh model with its environment.
+        capture: What was saved; its `data` is not looked at.
+        overridden: Hyperparameters whose value differs from the saved run's.
+
+    Raises:
+        ValueError: The capture lacks a part that the model has.
+        RuntimeError: A tensor is of another shape (torch's own message).
+    """
+    skipped = _ENTROPY_STATE if "ent_coef" in overridden else frozenset({"ent_coef_tensor"})
+    for name in model._get_torch_save_params()[0]:
+        if name in skipped:
+            continue
+        if name not in capture.state_dicts:
+            raise ValueError(f"it holds no {name!r}, which {type(model).__name__} needs")
+        target = recursive_getattr(model, name)
+        if isinstance(target, th.optim.Optimizer):
+            _restore_optimizer(target, capture.state_dicts[name])
+        else:
+            getattr(target, "_orig_mod", target).load_state_dict(capture.state_dicts[name])
+    for name, value in capture.variables.items():
+        if name not in skipped and value is not None:
+            recursive_setattr(model, f"{name}.data", value.to(model.device))
+    for name, value in capture.state.get("counters", {}).items():
+        if hasattr(model, name):
+            setattr(model, name, value)
+    for name, items in capture.state.get("info_buffers", {}).items():
+        setattr(model, name, deque(items, maxlen=model._stats_window_size))
+    if hasattr(model, "weights"):
+        # ARS perturbs this vector and not the policy, so the policy's parameters alone would be lost.
+        model.weights = th.as_tensor(model.policy.parameters_to_vector(), device=model.device)  # type: ignore[operator]
+    env = model.get_env()
+    normalized = unwrap_vec_normalize(env) if env is not None else None
+    if normalized is not None and capture.arrays:
+        normalization.restore(normalized, capture.arrays)
+    if model.use_sde:
+        model.policy.reset_noise()  # type: ignore[operator]
+
+
+def dump_tensors(value: Any) -> bytes:
+    """Return what `torch.save` writes for a state dict."""
+    buffer = io.BytesIO()
+    th.save(value, buffer)
+    return buffer.getvalue()
+
+
+def load_tensors(content: bytes, device: th.device | str) -> Any:
+    """Return what `dump_tensors` wrote; anything but tensors and plain containers is refused."""
+    return th.load(io.BytesIO(content), map_location=device, weights_only=True)
+
+
+def all_finite(model: BaseAlgorithm) -> bool:
+    """Return whether every parameter is a number: a diverged policy must not become the newest checkpoint."""
+    return all(bool(th.isfinite(parameter).all()) for parameter in model.policy.parameters())
+
+
+def _restore_optimizer(optimizer: th.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    options = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(dict(state))
+    # The moments are the checkpoint's; options such as eps are the configuration's, which may override them.
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
+
+
+def _clone(value: Any, memo: dict[tuple[Any, ...], th.Tensor]) -> Any:
+    if isinstance(value, th.Tensor):
+        # A CNN lists its shared extractor three times: clone it once, so that torch.save writes it once.
+        key = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+        if key not in memo or value.numel() == 0:
+            memo[key] = value.detach().clone()
+        return memo[key]
+    if isinstance(value, dict):
+        return type(value)((key, _clone(item, memo)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value)(_clone(item, memo) for item in value)
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Turn numpy scalars and arrays into JSON values."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (bool, int, float, str)) or value is None:
+        return value
+    return str(value)

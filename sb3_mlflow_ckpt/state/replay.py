@@ -1,0 +1,51 @@
+"""Owns what an off-policy run that resumes without its replay buffer needs: a pause of the updates to refill it.
+
+SB3 would sample at once, because `num_timesteps` is beyond `learning_starts`: a buffer of a few transitions
+overfits them, and HER's cannot be sampled before an episode has ended.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.base_class import BaseAlgorithm
+
+
+class ReplayRefill:
+    """Holds the gradient updates of a resumed off-policy model until its buffer has `learning_starts` transitions.
+
+    Args:
+        model: Any algorithm; an on-policy one is left alone.
+    """
+
+    def __init__(self, model: BaseAlgorithm) -> None:
+        self._model: Any = model
+        self._gradient_steps: int | None = None
+        if getattr(model, "replay_buffer", None) is not None and hasattr(model, "gradient_steps") and self._lacking():
+            self._gradient_steps = self._model.gradient_steps
+            self._model.gradient_steps = 0
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What a checkpoint must record in place of the model's own attributes while updates are held."""
+        return {} if self._gradient_steps is None else {"gradient_steps": self._gradient_steps}
+
+    def release_when_full(self) -> None:
+        """Let the updates go on if the buffer has enough; call it at the end of a rollout."""
+        if self._gradient_steps is not None and not self._lacking():
+            self.release()
+
+    def release(self) -> None:
+        """Let the updates go on."""
+        if self._gradient_steps is not None:
+            self._model.gradient_steps = self._gradient_steps
+            self._gradient_steps = None
+
+    def _lacking(self) -> bool:
+        buffer = self._model.replay_buffer
+        if buffer.size() * self._model.n_envs < self._model.learning_starts:
+            return True
+        # HER learns from finished episodes only.
+        lengths = getattr(buffer, "ep_length", None)
+        return lengths is not None and not lengths.any()

@@ -1,0 +1,96 @@
+"""Owns the read protocol of a checkpoint: its metadata, and the checks before anything in it is believed.
+
+Imports no torch: listing and verifying must start quickly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from sb3_mlflow_ckpt import atomic
+from sb3_mlflow_ckpt.errors import CheckpointCorruptError, CheckpointNotFoundError
+from sb3_mlflow_ckpt.layout import metadata_path, model_episode, model_path
+from sb3_mlflow_ckpt.metadata import CheckpointMetadata, parse_metadata
+from sb3_mlflow_ckpt.state.embedded import read_embedded_metadata
+
+_LARGEST_METADATA = 16 * 2**20
+
+
+def read_metadata(path: str | Path) -> CheckpointMetadata:
+    """Return the metadata of a committed checkpoint, given its zip or its metadata file; hashes nothing.
+
+    Raises:
+        CheckpointNotFoundError: There is no metadata file.
+        CheckpointCorruptError: It is not valid.
+    """
+    file = metadata_path(model_path(Path(path)))
+    try:
+        if file.stat().st_size > _LARGEST_METADATA:
+            raise CheckpointCorruptError(file, f"its metadata is larger than {_LARGEST_METADATA} bytes")
+        metadata = parse_metadata(file.read_bytes(), file)
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(path, "It has no metadata file, so it was never committed") from error
+    replacement = (metadata.model_extra or {}).get("replacement")
+    if replacement is None:
+        return metadata
+    # A crash came while this episode was written anew: the zip itself says which of the two it is.
+    newer = parse_metadata(json.dumps(replacement), file)
+    zip_path = model_path(Path(path))
+    return newer if newer.files and atomic.sha256(zip_path) == newer.files[0].sha256 else metadata
+
+
+def verify_checkpoint(path: str | Path) -> CheckpointMetadata:
+    """Check everything that can be checked of a checkpoint without loading it, and return its metadata.
+
+    Sizes and hashes are compared with the metadata, and the metadata with what the zip says of itself. A zip
+    that was copied without its metadata is checked by its members' CRCs.
+
+    Args:
+        path: The zip, or its metadata file.
+
+    Raises:
+        CheckpointNotFoundError: There is no such file.
+        CheckpointCorruptError: A file is truncated, altered, or belongs to another checkpoint.
+        IncompatibleCheckpointError: The zip was not written by this package.
+    """
+    zip_path = model_path(Path(path))
+    if not zip_path.is_file():
+        raise CheckpointNotFoundError(path, _what_is_there(zip_path))
+    if not metadata_path(zip_path).exists():
+        return read_embedded_metadata(zip_path, check_members=True)
+    metadata = read_metadata(zip_path)
+    if not metadata.files:
+        raise CheckpointCorruptError(zip_path, "its metadata names no files")
+    entry = metadata.files[0]
+    size = zip_path.stat().st_size
+    if size != entry.bytes:
+        kind = "truncated" if size < entry.bytes else "altered"
+        raise CheckpointCorruptError(zip_path, f"it has {size} bytes, its metadata says {entry.bytes}: it is {kind}")
+    if atomic.sha256(zip_path) != entry.sha256:
+        raise CheckpointCorruptError(zip_path, "its SHA-256 differs from its metadata's: the content was altered")
+    named = model_episode(zip_path.name)
+    if named is not None and named != metadata.episode:
+        raise CheckpointCorruptError(
+            zip_path, f"its file name says episode {named}, its metadata episode {metadata.episode}"
+        )
+    inside = read_embedded_metadata(zip_path, check_members=False)
+    for key in ("run_id", "agent_id", "algo", "episode", "num_timesteps"):
+        if getattr(inside, key) != getattr(metadata, key):
+            raise CheckpointCorruptError(
+                zip_path,
+                f"its metadata says {key} {getattr(metadata, key)!r}, the zip itself {getattr(inside, key)!r}",
+            )
+    return metadata
+
+
+def _what_is_there(path: Path) -> str:
+    """Return a sentence that says what lies where a checkpoint was expected."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"There is no folder {folder}; the path is taken relative to {Path.cwd()}"
+    others = sorted(name for name in os.listdir(folder) if model_episode(name) is not None)
+    if not others:
+        return f"The folder {folder} holds no checkpoints"
+    return f"The folder holds {', '.join(others[-5:])}"
