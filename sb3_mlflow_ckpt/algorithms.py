@@ -109,7 +109,7 @@ def describe_model(model: BaseAlgorithm, *, total_timesteps: int | None = None) 
         "algo": algorithm_name(type(model)),
         "total_timesteps": total_timesteps,
         "learning_rate": hyperparameters.pop("learning_rate", None),
-        "policy": type(model.policy).__name__,
+        "policy": f"{type(model.policy).__module__}:{type(model.policy).__qualname__}",
         "n_envs": model.n_envs,
         "seed": hyperparameters.pop("seed", None),
         "hyperparameters": hyperparameters,

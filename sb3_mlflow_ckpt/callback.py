@@ -123,6 +123,11 @@ class EpisodeCheckpointCallback(BaseCallback):
         return RunFolder(self._checkpoint_dir, self.agent_id, self.run_id)
 
     @property
+    def interrupted_by(self) -> int | None:
+        """The signal that ended the training, if one did."""
+        return self._signals.received
+
+    @property
     def latest_checkpoint(self) -> Path | None:
         """The newest checkpoint that this run committed."""
         return self._live.latest if self._live is not None else self._latest_of_ended

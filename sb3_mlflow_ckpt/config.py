@@ -303,9 +303,11 @@ def schedule_start(value: str) -> float:
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return what differs between two configurations as `{dotted key: {"from": ..., "to": ...}}`.
 
-    Only settings that a resume inherits count: where a run writes to is not what it trains.
+    Only settings that a resume inherits count: where a run writes to is not what it trains. A setting that
+    `before` does not know (an older version wrote it) counts as unchanged.
     """
-    old, new = (dict(_flat({k: config.get(k) for k in inheritable_fields()})) for config in (before, after))
+    keys = [key for key in inheritable_fields() if key in before]
+    old, new = (dict(_flat({key: config.get(key) for key in keys})) for config in (before, after))
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return {key: {"from": old.get(key), "to": new.get(key)} for key in changed}
 

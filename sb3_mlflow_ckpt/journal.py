@@ -78,13 +78,22 @@ class CheckpointLedger:
     Attributes:
         saved: The facts of each commit, by episode.
         uris: The address of each mirrored checkpoint, by episode.
+        retired: The episodes whose copy the mirror's retention removed; they are not sent again.
         pruned: The episodes whose files were removed.
     """
 
     def __init__(self) -> None:
         self.saved: dict[int, dict[str, Any]] = {}
         self.uris: dict[int, str] = {}
+        self.retired: set[int] = set()
         self.pruned: set[int] = set()
+
+    def copy(self) -> CheckpointLedger:
+        """Return a ledger of its own with the same facts."""
+        ledger = CheckpointLedger()
+        ledger.saved, ledger.uris = dict(self.saved), dict(self.uris)
+        ledger.retired, ledger.pruned = set(self.retired), set(self.pruned)
+        return ledger
 
     def apply(self, event: Mapping[str, Any]) -> int | None:
         """Take one line in; return its episode, or None for a line that is not understood."""
@@ -96,10 +105,12 @@ class CheckpointLedger:
             self.pruned.discard(episode)
             # A checkpoint that was saved again is new content: what the mirror has is the old one.
             self.uris.pop(episode, None)
+            self.retired.discard(episode)
         elif kind == "mirrored":
             self.uris[episode] = str(event.get("uri"))
         elif kind == "unmirrored":
             self.uris.pop(episode, None)
+            self.retired.add(episode)
         elif kind == "pruned":
             self.pruned.add(episode)
         else:
@@ -174,7 +185,7 @@ class RunJournal:
         self._add_event({"event": "mirrored", "episode": episode, "uri": uri, "time": timestamp_now()})
 
     def add_unmirrored(self, episode: int) -> None:
-        """Note that the mirror's copy of a checkpoint is gone."""
+        """Note that the mirror's retention removed its copy of a checkpoint."""
         self._add_event({"event": "unmirrored", "episode": episode, "time": timestamp_now()})
 
     def add_pruned(self, episode: int) -> None:
@@ -182,9 +193,15 @@ class RunJournal:
         self._add_event({"event": "pruned", "episode": episode, "time": timestamp_now()})
 
     def waiting_for_mirror(self) -> set[int]:
-        """Return the episodes that are on disk and not mirrored."""
+        """Return the episodes that are on disk and were never mirrored."""
         with self._lock:
-            return {e for e in self.ledger.saved if e not in self.ledger.uris and e not in self.ledger.pruned}
+            ledger = self.ledger
+            return set(ledger.saved) - set(ledger.uris) - ledger.pruned - ledger.retired
+
+    def snapshot(self) -> CheckpointLedger:
+        """Return a copy of the ledger as it stands; `ledger` itself goes on changing under other threads."""
+        with self._lock:
+            return self.ledger.copy()
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call `listener` (quick, from any thread) after every change."""

@@ -19,6 +19,8 @@ EVENTS_NAME = "checkpoints.jsonl"
 LOCK_NAME = ".lock"
 METADATA_SUFFIX = "_metadata.json"
 TEMPORARY_PREFIX = ".tmp-"
+ARTIFACT_FOLDER = "checkpoints"
+"""Where MLflow runs hold checkpoints among their artifacts."""
 
 _MODEL_NAME = re.compile(r"ep(\d{6,18})\.zip")
 _METADATA_NAME = re.compile(r"ep(\d{6,18})_metadata\.json")

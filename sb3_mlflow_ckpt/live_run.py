@@ -67,7 +67,7 @@ class LiveRun:
         self._last_step_at: str | None = None
         self._journal = RunJournal(folder)
         sweep_temporaries(folder.path)
-        self._journal.start(record)
+        self._journal.start({**record, "mirrors": [mirror.name for mirror in mirrors]})
         self._writer = BackgroundWriter()
         self._replicators = [Replicator(mirror, self._journal) for mirror in mirrors]
         for replicator in self._replicators:

@@ -1,0 +1,6 @@
+"""`python -m sb3_mlflow_ckpt` is the command `sb3-mlflow-ckpt`."""
+
+from sb3_mlflow_ckpt.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""Owns the command line: parse, call, print, exit code. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from sb3_mlflow_ckpt.commands import FAILURE_EXIT_CODE, Command, Group
+from sb3_mlflow_ckpt.errors import (
+    CheckpointError,
+    CheckpointLoadError,
+    CheckpointNotFoundError,
+    IncompatibleCheckpointError,
+)
+from sb3_mlflow_ckpt.options import training_options
+
+if TYPE_CHECKING:
+    from sb3_mlflow_ckpt.trainer import ResolvedTraining
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_Runs = Any
+
+checkpoint_dir_option = click.option(
+    "--checkpoint-dir",
+    default="checkpoints",
+    show_default=True,
+    envvar="SB3_MLFLOW_CKPT_CHECKPOINT_DIR",
+    metavar="FOLDER",
+    help="The folder that holds agents' folders",
+)
+agent_id_option = click.option("--agent-id", metavar="TEXT", help="Only this agent")
+run_id_option = click.option("--run-id", metavar="TEXT", help="Only this run; a UUID with or without dashes")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON")
+mongo_uri_option = click.option(
+    "--mongo-uri", envvar="SB3_MLFLOW_CKPT_MONGO_URI", metavar="URI", help="The MongoDB that holds run records"
+)
+mongo_db_option = click.option(
+    "--mongo-db",
+    default="sb3_mlflow_ckpt",
+    show_default=True,
+    envvar="SB3_MLFLOW_CKPT_MONGO_DB",
+    metavar="TEXT",
+    help="Its database",
+)
+
+
+def _options(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
+    """Return one decorator that applies several, the first one listed first in the help."""
+
+    def decorate(function: _F) -> _F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+@click.group(cls=Group)
+def main() -> None:
+    """Checkpoints, resume and run history for Stable-Baselines3, mirrored to MLflow and MongoDB."""
+
+
+@click.command("train", cls=Command, make_params=training_options)
+def train_command(config_file: str | None, dry_run: bool, **flags: str | tuple[str, ...] | None) -> None:
+    """Train an agent, or resume one from a checkpoint.
+
+    A setting comes from the first of: its flag, the file of --config, its environment variable
+    (SB3_MLFLOW_CKPT_N_ENVS and so on), the checkpoint that is resumed, its default. The value "inherit" of a flag
+    stands for "not given".
+    """
+    from sb3_mlflow_ckpt.config import INHERIT, build_config
+    from sb3_mlflow_ckpt.settings import environment_layer, file_layer, flag_layer
+
+    layers = [flag_layer(flags)]
+    if config_file is not None and config_file != INHERIT:
+        layers.append(file_layer(config_file))
+    # Validated before torch is imported: a wrong flag is answered at once.
+    config = build_config([*layers, environment_layer(os.environ)])
+
+    from sb3_mlflow_ckpt import trainer
+
+    if dry_run:
+        _print_resolved(trainer.resolve_config(config))
+        return
+    from sb3_mlflow_ckpt.progress import TerminalReporter
+
+    trainer.train(config, reporter=TerminalReporter())
+
+
+def _print_resolved(resolved: ResolvedTraining) -> None:
+    """Print a configuration as a YAML file that --config takes, with the differences as comments."""
+    import yaml
+
+    if resolved.checkpoint is not None:
+        click.echo(f"# resumes from {resolved.checkpoint}")
+        for key, change in resolved.differences.items():
+            click.echo(f"# differs from the checkpoint: {key}: {change['from']!r} -> {change['to']!r}")
+        if not resolved.differences:
+            click.echo("# nothing differs from the checkpoint")
+    click.echo(yaml.safe_dump(resolved.config.to_json(), sort_keys=False, allow_unicode=True), nl=False)
+
+
+main.add_command(train_command)
+
+
+@main.group("checkpoints")
+def checkpoints_group() -> None:
+    """List, verify, prune and sync checkpoints."""
+
+
+@checkpoints_group.command("list")
+@_options(checkpoint_dir_option, agent_id_option, run_id_option, json_option)
+def list_command(checkpoint_dir: str, agent_id: str | None, run_id: str | None, as_json: bool) -> None:
+    """Print the committed checkpoints, one path a line, by episode within a run."""
+    from sb3_mlflow_ckpt.checkpoints import list_checkpoints
+
+    paths = list_checkpoints(checkpoint_dir, run_id=run_id, agent_id=agent_id)
+    if as_json:
+        _print_json([_checkpoint_facts(path) for path in paths])
+        return
+    for path in paths:
+        click.echo(path)
+    if not paths:
+        why = "" if Path(checkpoint_dir).is_dir() else ", there is no such folder"
+        click.echo(f"No checkpoints in {checkpoint_dir}{why}", err=True)
+
+
+def _checkpoint_facts(path: Path) -> dict[str, Any]:
+    from sb3_mlflow_ckpt.journal import saved_facts
+    from sb3_mlflow_ckpt.verification import read_metadata
+
+    try:
+        metadata = read_metadata(path)
+    except CheckpointError as error:
+        return {"path": str(path), "error": str(error)}
+    return {"path": str(path), "agent_id": metadata.agent_id, "run_id": metadata.run_id, **saved_facts(metadata)}
+
+
+@checkpoints_group.command("verify")
+@click.argument("paths", nargs=-1, metavar="[PATH]...")
+@_options(checkpoint_dir_option, agent_id_option, run_id_option, json_option)
+@click.pass_context
+def verify_command(
+    ctx: click.Context,
+    paths: tuple[str, ...],
+    checkpoint_dir: str,
+    agent_id: str | None,
+    run_id: str | None,
+    as_json: bool,
+) -> None:
+    """Check sizes, hashes and metadata of checkpoints: the zips and run folders named, else all that there are.
+
+    Exits with 1 if one is not whole.
+    """
+    from sb3_mlflow_ckpt.checkpoints import list_checkpoints
+
+    if paths:
+        found = [checkpoint for path in paths for checkpoint in _checkpoints_at(Path(path))]
+    else:
+        found = list_checkpoints(_existing(checkpoint_dir), run_id=run_id, agent_id=agent_id)
+    results = [{"path": str(path), **_verdict(path)} for path in found]
+    if as_json:
+        _print_json(results)
+    for result in [] if as_json else results:
+        click.echo(f"{result['path']}: {result['status']}" + (f": {result['why']}" if result["why"] else ""))
+    if not results:
+        click.echo(f"No checkpoints in {checkpoint_dir}", err=True)
+    if any(result["status"] != "ok" for result in results):
+        ctx.exit(FAILURE_EXIT_CODE)
+
+
+def _checkpoints_at(path: Path) -> list[Path]:
+    from sb3_mlflow_ckpt.journal import committed_episodes
+    from sb3_mlflow_ckpt.layout import RunFolder
+
+    if not path.is_dir():
+        return [path]
+    folder = RunFolder.at(path)
+    # A folder without checkpoints stays in the list, where it is reported as what it is.
+    return [path / folder.model(episode).name for episode in committed_episodes(folder)] or [path]
+
+
+def _verdict(path: Path) -> dict[str, str | None]:
+    from sb3_mlflow_ckpt.checkpoints import verify_checkpoint
+
+    try:
+        verify_checkpoint(path)
+    except CheckpointNotFoundError as error:
+        return {"status": "missing", "why": str(error)}
+    except IncompatibleCheckpointError as error:
+        return {"status": "incompatible", "why": error.cause}
+    except CheckpointLoadError as error:
+        return {"status": "corrupt", "why": error.cause}
+    except OSError as error:
+        return {"status": "unreadable", "why": error.strerror or str(error)}
+    return {"status": "ok", "why": None}
+
+
+@checkpoints_group.command("prune")
+@click.option(
+    "--keep-last-n",
+    type=click.IntRange(min=0),
+    required=True,
+    metavar="INTEGER",
+    help="How many to keep of each run; 0 keeps all",
+)
+@click.option("--dry-run", is_flag=True, help="Print what would go and remove nothing")
+@_options(checkpoint_dir_option, agent_id_option, run_id_option, json_option)
+def prune_command(
+    keep_last_n: int, dry_run: bool, checkpoint_dir: str, agent_id: str | None, run_id: str | None, as_json: bool
+) -> None:
+    """Remove all but the newest checkpoints of each run, and print what went."""
+    from sb3_mlflow_ckpt.checkpoints import prune_checkpoints
+
+    removed = prune_checkpoints(
+        _existing(checkpoint_dir), run_id=run_id, agent_id=agent_id, keep_last_n=keep_last_n, dry_run=dry_run
+    )
+    if as_json:
+        _print_json([str(path) for path in removed])
+        return
+    for path in removed:
+        click.echo(path)
+
+
+@checkpoints_group.command("sync")
+@click.option("--tracking-uri", envvar="SB3_MLFLOW_CKPT_TRACKING_URI", metavar="URI", help="MLflow tracking URI")
+@_options(checkpoint_dir_option, agent_id_option, run_id_option, mongo_uri_option, mongo_db_option)
+@click.pass_context
+def sync_command(
+    ctx: click.Context,
+    tracking_uri: str | None,
+    checkpoint_dir: str,
+    agent_id: str | None,
+    run_id: str | None,
+    mongo_uri: str | None,
+    mongo_db: str,
+) -> None:
+    """Send what MLflow and MongoDB miss of the runs on disk. Exits with 1 if something could not be sent."""
+    from sb3_mlflow_ckpt.sync import sync_runs
+
+    results = sync_runs(
+        _existing(checkpoint_dir),
+        run_id=run_id,
+        agent_id=agent_id,
+        tracking_uri=tracking_uri,
+        mongo_uri=mongo_uri,
+        mongo_db=mongo_db,
+    )
+    for result in results:
+        click.echo(f"{result.folder}: {result.mirror}: {result.error or 'ok'}")
+    if not results:
+        click.echo(f"No runs in {checkpoint_dir}", err=True)
+    if any(result.error for result in results):
+        ctx.exit(FAILURE_EXIT_CODE)
+
+
+@main.group("runs")
+def runs_group() -> None:
+    """List and show training runs."""
+
+
+@runs_group.command("list")
+@click.option("--status", metavar="TEXT", help="Only running, completed, failed, interrupted or lost ones")
+@click.option("--limit", type=click.IntRange(min=1), metavar="INTEGER", help="At most this many")
+@_options(checkpoint_dir_option, agent_id_option, mongo_uri_option, mongo_db_option, json_option)
+def runs_list_command(
+    status: str | None,
+    limit: int | None,
+    checkpoint_dir: str,
+    agent_id: str | None,
+    mongo_uri: str | None,
+    mongo_db: str,
+    as_json: bool,
+) -> None:
+    """Print the runs, the newest first."""
+    runs = _reader(checkpoint_dir, mongo_uri, mongo_db).list(agent_id=agent_id, status=status, limit=limit)
+    if as_json:
+        _print_json(runs)
+        return
+    from sb3_mlflow_ckpt.tables import print_runs
+
+    print_runs(runs)
+
+
+@runs_group.command("show")
+@click.argument("run_id")
+@_options(checkpoint_dir_option, mongo_uri_option, mongo_db_option, json_option)
+def runs_show_command(
+    run_id: str, checkpoint_dir: str, mongo_uri: str | None, mongo_db: str, as_json: bool
+) -> None:
+    """Print one run with its checkpoints."""
+    run = _reader(checkpoint_dir, mongo_uri, mongo_db).get(run_id)
+    if as_json:
+        _print_json(run)
+        return
+    from sb3_mlflow_ckpt.tables import print_run
+
+    print_run(run)
+
+
+def _reader(checkpoint_dir: str, mongo_uri: str | None, mongo_db: str) -> _Runs:
+    if mongo_uri:
+        from sb3_mlflow_ckpt.runs.mongo import MongoRuns
+
+        return MongoRuns(mongo_uri, mongo_db)
+    from sb3_mlflow_ckpt.runs.folder import FolderRuns
+
+    return FolderRuns(checkpoint_dir)
+
+
+def _existing(folder: str) -> str:
+    if not Path(folder).is_dir():
+        raise CheckpointNotFoundError(folder, "There is no such folder; name the right one with --checkpoint-dir")
+    return folder
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))

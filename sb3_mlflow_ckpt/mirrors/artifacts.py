@@ -1,0 +1,106 @@
+"""Owns reading checkpoints back from MLflow: `runs:/<id>/checkpoints/ep000100.zip` -> a local zip and its metadata."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointNotFoundError, MirrorUnavailableError
+from sb3_mlflow_ckpt.layout import ARTIFACT_FOLDER, id_spellings, metadata_path, model_episode, model_path
+from sb3_mlflow_ckpt.mirrors.mlflow import quick_requests
+from sb3_mlflow_ckpt.runs.document import redact
+from sb3_mlflow_ckpt.verification import verify_checkpoint
+
+logger = logging.getLogger(__name__)
+
+SCHEME = "runs:/"
+
+
+class Download(NamedTuple):
+    """A checkpoint that came from MLflow: where it lies now, and the URI that names it."""
+
+    path: Path
+    uri: str
+
+
+def download_checkpoint(uri: str, destination: Path, tracking_uri: str | None = None) -> Download:
+    """Download one checkpoint, or a run's newest complete one that verifies.
+
+    Args:
+        uri: `runs:/<run id>/<artifact path of the zip>`, or `runs:/<run id>`.
+        destination: An existing folder for the files.
+        tracking_uri: MLflow's tracking URI; MLflow's own setting where it is None.
+
+    Raises:
+        CheckpointNotFoundError: The run or the artifact does not exist; the message says what does.
+        CheckpointCorruptError: The artifact differs from its metadata.
+        MirrorUnavailableError: MLflow does not answer.
+    """
+    run_id, _, artifact = uri.removeprefix(SCHEME).strip("/").partition("/")
+    with quick_requests():
+        run_id, artifacts = _artifacts(uri, run_id, tracking_uri)
+    complete = [name for name in artifacts if model_episode(name) is not None and _metadata_name(name) in artifacts]
+    complete.sort(key=lambda name: model_episode(name) or 0)
+    if artifact:
+        name = model_path(Path(artifact)).name
+        if Path(artifact).parent.as_posix() != ARTIFACT_FOLDER or name not in artifacts:
+            raise CheckpointNotFoundError(uri, _what_is_there(complete))
+        wanted = [name]
+    else:
+        wanted = complete[::-1]
+    for name in wanted:
+        try:
+            return _download(run_id, name, _metadata_name(name) in artifacts, destination, tracking_uri)
+        except CheckpointError as error:
+            if artifact:
+                raise
+            logger.warning("Passed over: %s", error)
+    raise CheckpointNotFoundError(uri, _what_is_there(complete))
+
+
+def _artifacts(uri: str, run_id: str, tracking_uri: str | None) -> tuple[str, set[str]]:
+    """Return the run's id as MLflow spells it, and the names of the files in its checkpoint folder."""
+    import mlflow
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    where = redact(tracking_uri or mlflow.get_tracking_uri())
+    client = MlflowClient(tracking_uri=tracking_uri)
+    for spelling in id_spellings(run_id)[::-1]:
+        try:
+            client.get_run(spelling)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                continue
+            raise MirrorUnavailableError("MLflow", where, redact(str(error))) from error
+        except Exception as error:
+            raise MirrorUnavailableError("MLflow", where, redact(str(error))) from error
+        files = client.list_artifacts(spelling, ARTIFACT_FOLDER)
+        return spelling, {Path(file.path).name for file in files if not file.is_dir}
+    raise CheckpointNotFoundError(uri, f"MLflow at {where} has no run {run_id!r}")
+
+
+def _download(run_id: str, name: str, has_metadata: bool, destination: Path, tracking_uri: str | None) -> Download:
+    import mlflow.artifacts
+
+    for file in (_metadata_name(name),) * has_metadata + (name,):
+        mlflow.artifacts.download_artifacts(
+            run_id=run_id,
+            artifact_path=f"{ARTIFACT_FOLDER}/{file}",
+            dst_path=str(destination),
+            tracking_uri=tracking_uri,
+        )
+    path = next(destination.rglob(name))
+    verify_checkpoint(path)
+    return Download(path, f"{SCHEME}{run_id}/{ARTIFACT_FOLDER}/{name}")
+
+
+def _metadata_name(name: str) -> str:
+    return metadata_path(Path(name)).name
+
+
+def _what_is_there(complete: list[str]) -> str:
+    if not complete:
+        return "The run holds no complete checkpoints"
+    return f"The run holds {', '.join(f'{ARTIFACT_FOLDER}/{name}' for name in complete[-5:])}"

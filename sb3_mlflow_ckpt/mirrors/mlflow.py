@@ -1,0 +1,354 @@
+"""Owns the copy of a run in MLflow: parameters, metrics, tags, status, and each checkpoint as an artifact.
+
+Uses `MlflowClient` with an explicit run id throughout: the fluent API in a thread would silently make a stray run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from sb3_mlflow_ckpt.config import TrainingConfig, flatten, inheritable_fields
+from sb3_mlflow_ckpt.errors import MirrorUnavailableError
+from sb3_mlflow_ckpt.journal import RunJournal
+from sb3_mlflow_ckpt.layout import ARTIFACT_FOLDER
+from sb3_mlflow_ckpt.policies import KeepLastN
+from sb3_mlflow_ckpt.runs.document import TERMINAL_STATUSES, redact
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+logger = logging.getLogger(__name__)
+
+LATEST_TAG = "mlflow.latest_checkpoint_artifact"
+_STATUS = {"completed": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+_TAG_PREFIX = "sb3_mlflow_ckpt."
+_EPISODES_METRIC = "rollout/episodes"
+# Columns of the learning curve, under the names that SB3's own logger gives them.
+_METRIC_NAMES = {
+    "ep_rew_mean": "rollout/ep_rew_mean",
+    "ep_len_mean": "rollout/ep_len_mean",
+    "episode": _EPISODES_METRIC,
+    "steps_per_second": "time/steps_per_second",
+}
+_METRICS_PER_BATCH = 900  # MLflow takes 1,000 of all kinds
+_PARAMS_PER_BATCH = 100
+_LONGEST_VALUE = 6000
+# MLflow's own defaults retry for minutes; the replicator retries on its own schedule, off the training thread.
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+_IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
+
+
+@contextmanager
+def quick_requests() -> Iterator[None]:
+    """Make MLflow's requests fail within seconds: for the moments when a person waits."""
+    before = {key: os.environ.get(key) for key in _IMPATIENCE}
+    os.environ.update(_IMPATIENCE)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+class MLflowMirror:
+    """Copies a run to MLflow.
+
+    Continues the run that is active in this process or that `mlflow run` made; else makes one. A run that the
+    caller's own `mlflow.start_run()` opened is left for the caller to end.
+
+    Args:
+        tracking_uri: MLflow's tracking URI; MLflow's own setting where it is None.
+        experiment_name: The experiment of a new run; MLflow's own setting where it is None.
+        run_id: An MLflow run to continue.
+        keep_last_n: Checkpoints kept as artifacts; 0 keeps all.
+    """
+
+    name = "MLflow"
+    stores_checkpoints = True
+
+    def __init__(
+        self,
+        tracking_uri: str | None = None,
+        experiment_name: str | None = None,
+        *,
+        run_id: str | None = None,
+        keep_last_n: int = 0,
+    ) -> None:
+        self._tracking_uri = tracking_uri
+        self._experiment_name = experiment_name
+        self._run_id = run_id
+        self._retention = KeepLastN(keep_last_n)
+        self._client: MlflowClient | None = None
+        self._run: Run | None = None
+        self._owned = True
+        self._sent_params = False
+        self._sent_tags: dict[str, str] = {}
+        self._sent_status: tuple[int, str] | None = None
+        self._metrics_offset = 0
+        self._metrics_until: int | None = None
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run's id, once it is known."""
+        return self._run.info.run_id if self._run is not None else self._run_id
+
+    def open(self, record: Mapping[str, Any]) -> str | None:
+        """Find or make the MLflow run.
+
+        Returns:
+            Its id.
+
+        Raises:
+            MirrorUnavailableError: MLflow does not answer within seconds, or refuses.
+        """
+        for key, value in _PATIENCE.items():
+            os.environ.setdefault(key, value)
+        self._run_id, self._owned = self._existing_run()
+        try:
+            with quick_requests():
+                self._connect(record)
+        except Exception as error:
+            # mlflow raises its own, requests', sqlalchemy's and OS errors alike.
+            raise MirrorUnavailableError("MLflow", redact(str(self._uri())), redact(str(error))) from error
+        return self.run_id
+
+    def replicate(self, journal: RunJournal) -> None:
+        """Send everything that MLflow lacks: the run, parameters, tags, metrics, checkpoints, then the status."""
+        record = journal.record
+        client, run = self._connect(record)
+        if not record.get("mlflow") or record["mlflow"].get("run_id") != run.info.run_id:
+            journal.update(
+                mlflow={
+                    "tracking_uri": redact(str(self._uri())),
+                    "experiment_id": run.info.experiment_id,
+                    "run_id": run.info.run_id,
+                }
+            )
+        self._send_params(client, run, record)
+        self._send_tags(client, run, record)
+        self._send_metrics(client, run, journal)
+        self._send_checkpoints(client, run, journal)
+        self._prune(run, journal)
+        self._send_status(client, run, record)
+
+    def _existing_run(self) -> tuple[str | None, bool]:
+        import mlflow
+
+        active = mlflow.active_run()
+        if self._run_id is None and active is not None:
+            return active.info.run_id, False
+        return self._run_id or os.environ.get("MLFLOW_RUN_ID") or None, True
+
+    def _uri(self) -> str:
+        import mlflow
+
+        return self._tracking_uri or mlflow.get_tracking_uri()
+
+    def _connect(self, record: Mapping[str, Any]) -> tuple[MlflowClient, Run]:
+        from mlflow import MlflowClient
+
+        if self._client is None:
+            self._client = MlflowClient(tracking_uri=self._uri())
+        if self._run is None:
+            known = self._run_id or (record.get("mlflow") or {}).get("run_id")
+            self._run = self._client.get_run(known) if known else self._create_run(self._client, record)
+        return self._client, self._run
+
+    def _create_run(self, client: MlflowClient, record: Mapping[str, Any]) -> Run:
+        from mlflow.tracking.context.registry import resolve_tags
+
+        tags = {str(key): str(value) for key, value in resolve_tags().items()}
+        git = record.get("git")
+        if git:
+            tags.setdefault("mlflow.source.git.commit", git["commit"])
+        return client.create_run(self._experiment_id(client), tags=tags, run_name=record.get("name"))
+
+    def _experiment_id(self, client: MlflowClient) -> str:
+        name = self._experiment_name
+        if name is None:
+            chosen = os.environ.get("MLFLOW_EXPERIMENT_ID")
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
+            if chosen or not name:
+                return chosen or "0"
+        experiment = client.get_experiment_by_name(name)
+        return experiment.experiment_id if experiment is not None else client.create_experiment(name)
+
+    def _send_params(self, client: MlflowClient, run: Run, record: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        if self._sent_params:
+            return
+        present = client.get_run(run.info.run_id).data.params
+        params = []
+        for key, value in _parameters(record.get("config") or {}).items():
+            # Parameters cannot be changed: where `mlflow run` logged the text it was given (`inherit`, say),
+            # what it came to stands beside it.
+            name = key if key not in present or _same(present[key], value) else f"resolved.{key}"
+            if name not in present:
+                params.append(Param(name, value))
+        for start in range(0, len(params), _PARAMS_PER_BATCH):
+            client.log_batch(run.info.run_id, params=params[start : start + _PARAMS_PER_BATCH])
+        self._sent_params = True
+
+    def _send_tags(self, client: MlflowClient, run: Run, record: Mapping[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = _tags(record)
+        root = record.get("root_run_id")
+        if root and root != record.get("run_id") and "mlflow.parentRunId" not in self._sent_tags:
+            tags |= self._parent_tag(client, run, str(root))
+        fresh = {key: value for key, value in tags.items() if self._sent_tags.get(key) != value}
+        if fresh:
+            client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in fresh.items()])
+            self._sent_tags |= fresh
+
+    def _parent_tag(self, client: MlflowClient, run: Run, root: str) -> dict[str, str]:
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+        if "mlflow.parentRunId" in run.data.tags:
+            return {}
+        try:
+            client.get_run(root)
+        except MlflowException as error:
+            if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                return {}  # The first run was trained without this server.
+            raise
+        # The root, not the parent: MLflow's list shows one level, so that a chain of resumes stays flat.
+        return {"mlflow.parentRunId": root}
+
+    def _send_metrics(self, client: MlflowClient, run: Run, journal: RunJournal) -> None:
+        from sb3_mlflow_ckpt.atomic import read_lines
+
+        if self._metrics_until is None:
+            # An earlier process may have sent a part: what MLflow has says from where on to send.
+            history = client.get_metric_history(run.info.run_id, _EPISODES_METRIC)
+            self._metrics_until = max((metric.timestamp for metric in history), default=-1)
+        points, offset = read_lines(journal.folder.metrics, self._metrics_offset)
+        batch: list[Metric] = []
+        for point in points:
+            metrics = _metrics(point)
+            if not metrics or metrics[0].timestamp <= self._metrics_until:
+                continue
+            if len(batch) + len(metrics) > _METRICS_PER_BATCH:
+                client.log_batch(run.info.run_id, metrics=batch)
+                batch = []
+            batch += metrics
+        if batch:
+            client.log_batch(run.info.run_id, metrics=batch)
+        self._metrics_offset = offset
+        if points:
+            self._metrics_until = max(self._metrics_until, *(m.timestamp for m in _metrics(points[-1])[:1]), -1)
+
+    def _send_checkpoints(self, client: MlflowClient, run: Run, journal: RunJournal) -> None:
+        for episode in sorted(journal.waiting_for_mirror()):
+            model, metadata = journal.folder.model(episode), journal.folder.metadata(episode)
+            if not (model.exists() and metadata.exists()):
+                continue  # Pruned meanwhile: the backlog was longer than its limit.
+            # Zip first, metadata last, a file at a time: the mirror has the disk's commit protocol.
+            client.log_artifact(run.info.run_id, str(model), ARTIFACT_FOLDER)
+            client.log_artifact(run.info.run_id, str(metadata), ARTIFACT_FOLDER)
+            artifact = f"{ARTIFACT_FOLDER}/{model.name}"
+            client.set_tag(run.info.run_id, LATEST_TAG, artifact)
+            journal.add_mirrored(episode, f"runs:/{run.info.run_id}/{artifact}")
+
+    def _prune(self, run: Run, journal: RunJournal) -> None:
+        removable = self._retention.removable(list(journal.ledger.uris))
+        if not removable:
+            return
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        repository = get_artifact_repository(run.info.artifact_uri, tracking_uri=self._uri())
+        for episode in removable:
+            for path in (journal.folder.metadata(episode), journal.folder.model(episode)):
+                try:
+                    repository.delete_artifacts(f"{ARTIFACT_FOLDER}/{path.name}")
+                except NotImplementedError:
+                    logger.warning("This artifact store cannot delete: mlflow_keep_last_n_checkpoints keeps all")
+                    self._retention = KeepLastN(0)
+                    return
+            journal.add_unmirrored(episode)
+
+    def _send_status(self, client: MlflowClient, run: Run, record: Mapping[str, Any]) -> None:
+        status = str(record["status"])
+        attempt_status = (int(record.get("attempt", 1)), status)
+        if attempt_status == self._sent_status or not self._owned:
+            return
+        if status in TERMINAL_STATUSES:
+            client.set_terminated(run.info.run_id, _STATUS[status], end_time=_milliseconds(record.get("ended_at")))
+        elif run.info.status != "RUNNING" or self._sent_status is not None:
+            client.update_run(run.info.run_id, status="RUNNING")
+        self._sent_status = attempt_status
+
+
+def _parameters(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return what of a configuration is logged as parameters: what decides the training, not where it runs."""
+    wanted = {"mode", *inheritable_fields()}
+    chosen = {key: value for key, value in config.items() if key in wanted or key not in TrainingConfig.model_fields}
+    return {
+        key: str(value)[:_LONGEST_VALUE]
+        for key, value in flatten(chosen).items()
+        if value is not None and value not in ({}, [])
+    }
+
+
+def _same(present: str, value: str) -> bool:
+    if present == value:
+        return True
+    try:
+        return float(present) == float(value)
+    except ValueError:
+        return False
+
+
+def _tags(record: Mapping[str, Any]) -> dict[str, str]:
+    tags = {
+        f"{_TAG_PREFIX}run_id": str(record["run_id"]),
+        f"{_TAG_PREFIX}agent_id": str(record["agent_id"]),
+        f"{_TAG_PREFIX}algo": str(record["algo"]),
+        f"{_TAG_PREFIX}status": str(record["status"]),
+        f"{_TAG_PREFIX}root_run_id": str(record.get("root_run_id")),
+    }
+    if record.get("env_id"):
+        tags[f"{_TAG_PREFIX}env_id"] = str(record["env_id"])
+    if record.get("error"):
+        tags[f"{_TAG_PREFIX}error"] = f"{record['error']['type']}: {record['error']['message']}"[:_LONGEST_VALUE]
+    parent = record.get("parent")
+    if parent:
+        for key in ("run_id", "checkpoint", "episode", "sha256"):
+            tags[f"{_TAG_PREFIX}parent.{key}"] = str(parent.get(key))
+        changed = ", ".join(f"{key} {d['from']} -> {d['to']}" for key, d in (record.get("overrides") or {}).items())
+        tags["mlflow.note.content"] = (
+            f"Resumed from episode {parent['episode']} of run {parent['run_id']} ({parent['checkpoint']})"
+            + (f" with {changed}." if changed else ".")
+        )[:_LONGEST_VALUE]
+    return tags
+
+
+def _metrics(point: Mapping[str, Any]) -> Sequence[Metric]:
+    from mlflow.entities import Metric
+
+    timestamp, step = _milliseconds(point.get("time")), point.get("num_timesteps")
+    if timestamp is None or not isinstance(step, int):
+        return []
+    return [
+        Metric(_METRIC_NAMES.get(key, key), float(value), timestamp, step)
+        for key, value in point.items()
+        if key != "num_timesteps" and isinstance(value, (int, float)) and not isinstance(value, bool)
+    ]
+
+
+def _milliseconds(timestamp: Any) -> int | None:
+    try:
+        return int(datetime.fromisoformat(str(timestamp).replace("Z", "+00:00")).timestamp() * 1000)
+    except ValueError:
+        return None

@@ -1,0 +1,181 @@
+"""Owns what a person sees of a training in the terminal: a bar, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import safe_mean
+
+from sb3_mlflow_ckpt.callback import EpisodeCheckpointCallback
+from sb3_mlflow_ckpt.config import TrainingConfig
+from sb3_mlflow_ckpt.trainer import ResolvedTraining, TrainingResult
+
+_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_FRAMES = 0.25
+# What a resume command repeats, because a launch does not inherit it from the checkpoint.
+_REPEATED = ("checkpoint_dir", "experiment_name", "mongo_db")
+
+
+class TerminalReporter:
+    """Prints how a training goes.
+
+    Args:
+        console: Where to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._shown: _ProgressCallback | None = None
+
+    def starting(self, resolved: ResolvedTraining) -> None:
+        """Print what is about to be trained, and what a resume changes."""
+        config = resolved.config
+        self._print(f"Training {config.algo} on {config.env_id} (agent {config.agent}, seed {config.seed})")
+        if resolved.source is None:
+            return
+        metadata = resolved.source.metadata
+        self._print(
+            f"Resuming {resolved.source.uri} at episode {metadata.episode}, "
+            f"{metadata.num_timesteps} of {config.total_timesteps} timesteps"
+        )
+        for key, change in resolved.differences.items():
+            before, after = ("default" if value is None else value for value in (change["from"], change["to"]))
+            self._print(f"  override {key}: {before} -> {after}")
+
+    def callback(self, resolved: ResolvedTraining, checkpoints: EpisodeCheckpointCallback) -> BaseCallback:
+        """Return the callback that shows the progress."""
+        self._shown = _ProgressCallback(self._console, resolved, checkpoints)
+        return self._shown
+
+    def close(self) -> None:
+        """Give the terminal back: an error or a signal leaves `learn` without its end."""
+        if self._shown is not None:
+            self._shown.stop()
+
+    def finished(self, result: TrainingResult) -> None:
+        """Print where everything is, and how to go on."""
+        config = result.resolved.config
+        if result.run_folder is None:
+            self._print(
+                f"Nothing to do: {result.num_timesteps} of {config.total_timesteps} timesteps are trained. "
+                "To go on, give a greater --total-timesteps"
+            )
+            return
+        self._print(f"Trained {result.num_timesteps} timesteps, {result.episode} episodes")
+        self._print(f"Checkpoints: {result.run_folder}")
+        if result.mlflow_run_id is not None:
+            self._print(f"MLflow run:  {result.mlflow_run_id}")
+        if result.checkpoint is not None:
+            total = 2 * config.total_timesteps if result.num_timesteps >= config.total_timesteps else None
+            self._print(f"Resume with: {resume_command(config, result.checkpoint, total)}")
+
+    def interrupted(self, config: TrainingConfig, checkpoint: Path | None) -> None:
+        """Print how to go on after a signal."""
+        self._print("Interrupted; the state was saved")
+        if checkpoint is not None:
+            self._print(f"Resume with: {resume_command(config, checkpoint)}")
+
+    def _print(self, text: str) -> None:
+        # A command must be copyable: no wrapping, no markup, no highlighting.
+        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def resume_command(config: TrainingConfig, checkpoint: Path, total_timesteps: int | None = None) -> str:
+    """Return the shell command that resumes a checkpoint of a run, without credentials.
+
+    Args:
+        config: The run's configuration.
+        checkpoint: The zip.
+        total_timesteps: A new target, or None to keep the checkpoint's.
+    """
+    words = ["python", "-m", "sb3_mlflow_ckpt.trainer", "--resume-from-checkpoint", str(checkpoint.absolute())]
+    if total_timesteps is not None:
+        words += ["--total-timesteps", str(total_timesteps)]
+    for key in _REPEATED:
+        if getattr(config, key) != TrainingConfig.model_fields[key].default:
+            words += [f"--{key.replace('_', '-')}", str(getattr(config, key))]
+    shown = config.to_json()
+    for key in ("tracking_uri", "mongo_uri"):
+        # An address with a password is left to the environment variable that it can come from.
+        if shown[key] and shown[key] == getattr(config, key):
+            words += [f"--{key.replace('_', '-')}", shown[key]]
+    return shlex.join(words if config.mlflow else [*words, "--mlflow", "false"])
+
+
+def configure_logging(console: Console) -> None:
+    """Send warnings to the console that also shows the bar, so that neither breaks the other."""
+    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    if not console.is_terminal:
+        handler = logging.StreamHandler()  # type: ignore[assignment]
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    # It announces the creation of its tables at level INFO, and sets its loggers up when it is imported.
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+
+
+class _ProgressCallback(BaseCallback):
+    """Redraws a bar four times a second, or prints a line every ten seconds and at each checkpoint."""
+
+    def __init__(self, console: Console, resolved: ResolvedTraining, checkpoints: EpisodeCheckpointCallback) -> None:
+        super().__init__()
+        self._console = console
+        self._total = resolved.target
+        self._checkpoints = checkpoints
+        self._pause = _SECONDS_BETWEEN_FRAMES if console.is_terminal else _SECONDS_BETWEEN_LINES
+        self._last = (0.0, 0)
+        self._shown: Path | None = None
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def _on_training_start(self) -> None:
+        self._last = (time.monotonic(), self.num_timesteps)
+        if self._console.is_terminal:
+            self._bar = Progress(
+                BarColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("", total=self._total, completed=self.num_timesteps)
+            self._bar.start()
+
+    def _on_step(self) -> bool:
+        now = time.monotonic()
+        new_checkpoint = self._bar is None and self._checkpoints.latest_checkpoint != self._shown
+        if now - self._last[0] >= self._pause or new_checkpoint:
+            self._show(now)
+        return True
+
+    def _on_training_end(self) -> None:
+        self._show(time.monotonic())
+        self.stop()
+
+    def _show(self, now: float) -> None:
+        then, steps = self._last
+        self._last = (now, self.num_timesteps)
+        self._shown = self._checkpoints.latest_checkpoint
+        rate = (self.num_timesteps - steps) / (now - then) if now > then else 0.0
+        infos: list[Any] = [info for info in (self.model.ep_info_buffer or ()) if "r" in info]
+        reward = f"{safe_mean([info['r'] for info in infos]):.1f}" if infos else "-"
+        saved = self._shown.name if self._shown is not None else "none yet"
+        text = f"episode {self._checkpoints.episode}  reward {reward}  {rate:.0f} steps/s  checkpoint {saved}"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self.num_timesteps, description=text)
+        else:
+            self._console.print(f"{self.num_timesteps}/{self._total}  {text}", soft_wrap=True, highlight=False)
+
+    def stop(self) -> None:
+        """Give the terminal back."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,116 @@
+"""Owns what `--resume-from-checkpoint` may name: a path, a run folder, a `runs:/` URI, `latest`, `auto`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sb3_mlflow_ckpt.checkpoints import latest_checkpoint
+from sb3_mlflow_ckpt.errors import (
+    CheckpointCorruptError,
+    CheckpointNotFoundError,
+    IncompatibleCheckpointError,
+)
+from sb3_mlflow_ckpt.layout import RunFolder, model_path
+from sb3_mlflow_ckpt.metadata import CheckpointMetadata
+from sb3_mlflow_ckpt.verification import verify_checkpoint
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.vec_env import VecEnv
+
+
+@dataclass(frozen=True)
+class ResumeSource:
+    """A verified checkpoint on this machine's disk.
+
+    Attributes:
+        path: Its zip.
+        uri: How a record names it: the absolute path, or the `runs:/` URI that it came from.
+        metadata: Its metadata.
+    """
+
+    path: Path
+    uri: str
+    metadata: CheckpointMetadata
+    # Removes a download when the source is no longer used.
+    _download: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False, compare=False)
+
+
+def resolve_checkpoint(
+    reference: str, *, checkpoint_dir: str, agent_id: str, tracking_uri: str | None = None
+) -> ResumeSource | None:
+    """Return the checkpoint that a reference names, verified.
+
+    Args:
+        reference: A zip, its metadata file, a run folder, `runs:/<id>[/checkpoints/ep000100.zip]`, `latest`
+            (the agent's newest that verifies), or `auto` (`latest` if there is one).
+        checkpoint_dir: Where `latest` and `auto` look.
+        agent_id: Whose checkpoints they look at.
+        tracking_uri: Where `runs:/` URIs are resolved; MLflow's own setting where it is None.
+
+    Returns:
+        The checkpoint; None for `auto` where there is none.
+
+    Raises:
+        CheckpointNotFoundError: It does not exist.
+        CheckpointCorruptError: It does not verify.
+        MirrorUnavailableError: MLflow does not answer.
+    """
+    if reference.startswith("runs:/"):
+        return _from_mlflow(reference, tracking_uri)
+    if reference in ("latest", "auto"):
+        path = latest_checkpoint(checkpoint_dir, agent_id=agent_id)
+        if path is None:
+            if reference == "auto":
+                return None
+            raise CheckpointNotFoundError(
+                f"{reference} of {agent_id}", f"{checkpoint_dir} holds none that verifies; auto starts a new training"
+            )
+        return _from_path(path)
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        folder = RunFolder.at(path)
+        newest = latest_checkpoint(folder.checkpoint_dir, folder.run_id, folder.agent_id)
+        if newest is None:
+            raise CheckpointNotFoundError(reference, "The folder is not a run folder with a checkpoint that verifies")
+        return _from_path(newest)
+    return _from_path(path)
+
+
+def check_spaces(source: ResumeSource, env: VecEnv) -> None:
+    """Raise an IncompatibleCheckpointError, with both sides named, where a checkpoint's spaces are not env's."""
+    from sb3_mlflow_ckpt.environments import describe_space
+
+    for kind, space in (("observation", env.observation_space), ("action", env.action_space)):
+        saved, here = source.metadata.spaces.get(kind), describe_space(space)
+        if saved is not None and saved != here:
+            raise IncompatibleCheckpointError(
+                source.uri,
+                f"its {kind} space is {json.dumps(saved)}, the environment's is {json.dumps(here)}",
+                "Resume with the environment that it was trained in",
+            )
+
+
+def _from_path(path: Path) -> ResumeSource:
+    try:
+        metadata = verify_checkpoint(path)
+    except IncompatibleCheckpointError:
+        raise
+    except CheckpointCorruptError as error:
+        folder = RunFolder.at(path.absolute().parent)
+        whole = latest_checkpoint(folder.checkpoint_dir, folder.run_id, folder.agent_id)
+        hint = f"The newest beside it that verifies is {whole}" if whole else "None beside it verifies"
+        raise CheckpointCorruptError(error.path, error.cause, hint) from error
+    zip_path = model_path(path).absolute()
+    return ResumeSource(zip_path, str(zip_path), metadata)
+
+
+def _from_mlflow(uri: str, tracking_uri: str | None) -> ResumeSource:
+    from sb3_mlflow_ckpt.mirrors.artifacts import download_checkpoint
+
+    folder = tempfile.TemporaryDirectory(prefix="sb3_mlflow_ckpt-")
+    download = download_checkpoint(uri, Path(folder.name), tracking_uri)
+    return ResumeSource(download.path, download.uri, verify_checkpoint(download.path), folder)

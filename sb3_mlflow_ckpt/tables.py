@@ -1,0 +1,86 @@
+"""Owns how run records look in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+_WIDTH_WITHOUT_TERMINAL = 200
+_COLOURS = {"running": "green", "completed": "cyan", "failed": "red", "interrupted": "yellow", "lost": "red"}
+
+
+def print_runs(runs: Sequence[Mapping[str, Any]]) -> None:
+    """Print one line a run."""
+    table = Table("run", "agent", "status", "episode", "timesteps", "reward", "checkpoints", "started", box=None)
+    for run in runs:
+        progress = run.get("progress") or {}
+        table.add_row(
+            escape(str(run.get("run_id"))),
+            escape(str(run.get("agent_id"))),
+            _status(run),
+            _text(progress.get("episode")),
+            f"{_text(progress.get('num_timesteps'))} / {_text(progress.get('total_timesteps'))}",
+            _text(progress.get("mean_reward")),
+            _text(len(run.get("checkpoint_paths") or ())),
+            _text(run.get("started_at")),
+        )
+    _console().print(table if runs else "No runs")
+
+
+def print_run(run: Mapping[str, Any]) -> None:
+    """Print one run: what a person asks first, then its checkpoints."""
+    console = _console()
+    facts = Table(box=None, show_header=False)
+    for name, value in _facts(run):
+        facts.add_row(name, value)
+    console.print(facts)
+    checkpoints = run.get("checkpoint_paths") or ()
+    if checkpoints:
+        table = Table("checkpoint", "episode", "timesteps", "reward", "trigger", "state", box=None)
+        for item in checkpoints:
+            cells = (item.get(key) for key in ("episode", "num_timesteps", "mean_reward", "trigger", "state"))
+            table.add_row(escape(str(item.get("path"))), *(_text(cell) for cell in cells))
+        console.print(table)
+
+
+def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    progress, parent, error = (run.get(key) or {} for key in ("progress", "parent", "error"))
+    facts = {
+        "run": _text(run.get("run_id")),
+        "name": _text(run.get("name")),
+        "agent": _text(run.get("agent_id")),
+        "status": _status(run),
+        "algorithm": _text(run.get("algo")),
+        "environment": _text(run.get("env_id")),
+        "progress": f"episode {_text(progress.get('episode'))}, {_text(progress.get('num_timesteps'))} of "
+        f"{_text(progress.get('total_timesteps'))} timesteps, mean reward {_text(progress.get('mean_reward'))}",
+        "started": _text(run.get("started_at")),
+        "ended": _text(run.get("ended_at")),
+        "resumed from": _text(parent.get("checkpoint")),
+        "error": escape(f"{error.get('type')}: {error.get('message')}") if error else "-",
+    }
+    return [(name, value) for name, value in facts.items() if value != "-"]
+
+
+def _status(run: Mapping[str, Any]) -> str:
+    status = str(run.get("status"))
+    colour = _COLOURS.get(status)
+    return f"[{colour}]{escape(status)}[/]" if colour else escape(status)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return escape(str(value))
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    # A pipe has no width: at rich's 80 columns ids would be cut.
+    return console if console.is_terminal else Console(highlight=False, width=_WIDTH_WITHOUT_TERMINAL)

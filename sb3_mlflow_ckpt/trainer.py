@@ -1,0 +1,288 @@
+"""Owns `train(config)`: the one place that composes everything. `python -m sb3_mlflow_ckpt.trainer --flags` runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_mlflow_ckpt.algorithms import algorithm_class, build_model, check_hyperparameters, default_learning_rate
+from sb3_mlflow_ckpt.callback import EpisodeCheckpointCallback
+from sb3_mlflow_ckpt.checkpoints import note_origin
+from sb3_mlflow_ckpt.config import TrainingConfig, differences
+from sb3_mlflow_ckpt.environments import make_env
+from sb3_mlflow_ckpt.errors import (
+    CheckpointLoadError,
+    ConfigError,
+    IncompatibleCheckpointError,
+    TrainingInterrupted,
+)
+from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror
+from sb3_mlflow_ckpt.provenance import version_differences
+from sb3_mlflow_ckpt.replication import Mirror
+from sb3_mlflow_ckpt.resume import ResumeSource, check_spaces, resolve_checkpoint
+
+SMOKE_TIMESTEPS = 2_048
+SMOKE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class ResolvedTraining:
+    """What a configuration comes to, before anything is trained.
+
+    Attributes:
+        config: The whole configuration, with what was inherited from the checkpoint.
+        source: The checkpoint that it resumes, or None.
+        differences: What it changes of the checkpoint's configuration.
+    """
+
+    config: TrainingConfig
+    source: ResumeSource | None
+    differences: dict[str, dict[str, Any]]
+
+    @property
+    def num_timesteps(self) -> int:
+        """Environment steps that are behind it."""
+        return self.source.metadata.num_timesteps if self.source is not None else 0
+
+    @property
+    def target(self) -> int:
+        """Environment steps at which it ends."""
+        total = self.config.total_timesteps
+        return min(total, self.num_timesteps + SMOKE_TIMESTEPS) if self.config.mode == "smoke" else total
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a training ended.
+
+    Attributes:
+        resolved: What was trained.
+        num_timesteps: Environment steps of the whole training.
+        episode: Finished episodes of the whole training.
+        run_folder: Where its record and checkpoints are; None where there was nothing left to train.
+        checkpoint: The newest checkpoint.
+        mlflow_run_id: The MLflow run, if it is tracked.
+        behind: Names of mirrors that still miss something.
+    """
+
+    resolved: ResolvedTraining
+    num_timesteps: int
+    episode: int
+    run_folder: Path | None
+    checkpoint: Path | None
+    mlflow_run_id: str | None
+    behind: list[str]
+
+
+class Reporter(Protocol):
+    """Shows a person how training goes. The library itself prints nothing."""
+
+    def starting(self, resolved: ResolvedTraining) -> None:
+        """Show what is about to be trained."""
+        ...
+
+    def callback(self, resolved: ResolvedTraining, checkpoints: EpisodeCheckpointCallback) -> BaseCallback:
+        """Return a callback that shows the progress."""
+        ...
+
+
+def resolve_config(config: TrainingConfig) -> ResolvedTraining:
+    """Return what a configuration comes to: checkpoint resolved, settings inherited, seed drawn.
+
+    Raises:
+        ConfigError: A setting cannot be used.
+        CheckpointError: The checkpoint that it resumes is missing, corrupt, or of another algorithm.
+        MirrorUnavailableError: The checkpoint is on an MLflow that does not answer.
+    """
+    source = None
+    if config.resume_from_checkpoint is not None:
+        source = resolve_checkpoint(
+            config.resume_from_checkpoint,
+            checkpoint_dir=config.checkpoint_dir,
+            agent_id=config.agent,
+            tracking_uri=config.tracking_uri,
+        )
+    if source is not None:
+        config = _inherit(config, source)
+    model_class = algorithm_class(config.algo)
+    check_hyperparameters(model_class, config.hyperparameters)
+    resolved = config.model_copy(
+        update={
+            "algo": config.algo if ":" in config.algo else config.algo.lower(),
+            "agent_id": config.agent,
+            "learning_rate": config.learning_rate
+            if config.learning_rate is not None
+            else default_learning_rate(model_class),
+            "seed": config.seed if config.seed is not None else secrets.randbelow(2**31),
+        }
+    )
+    changed = differences(source.metadata.config, resolved.to_json()) if source is not None else {}
+    return ResolvedTraining(resolved, source, changed)
+
+
+def train(config: TrainingConfig, *, reporter: Reporter | None = None) -> TrainingResult:
+    """Train an agent as the configuration says; on return its last checkpoint is committed.
+
+    Args:
+        config: What to train. Settings that were not given explicitly come from the checkpoint on a resume.
+        reporter: Shows the progress.
+
+    Raises:
+        ConfigError: A setting cannot be used.
+        CheckpointError: A checkpoint cannot be resumed or written.
+        MirrorUnavailableError: MLflow or MongoDB does not answer at the start.
+        TrainingInterrupted: A signal ended it, after a checkpoint.
+    """
+    resolved = resolve_config(config)
+    if reporter is not None:
+        reporter.starting(resolved)
+    if resolved.num_timesteps >= resolved.target:
+        metadata = resolved.source.metadata if resolved.source is not None else None
+        episode = metadata.episode if metadata is not None else 0
+        return TrainingResult(resolved, resolved.num_timesteps, episode, None, None, None, [])
+    seed = _seed(resolved)
+    env = make_env(resolved.config, seed=seed)
+    try:
+        model = _model(resolved, env, seed)
+        return _learn(resolved, model, reporter)
+    finally:
+        # A worker that a signal ended cannot be closed any more; the training's own error is what counts.
+        with contextlib.suppress(OSError, EOFError):
+            env.close()
+
+
+def _learn(resolved: ResolvedTraining, model: BaseAlgorithm, reporter: Reporter | None) -> TrainingResult:
+    config = resolved.config
+    mlflow_mirror = MLflowMirror(
+        config.tracking_uri, config.experiment_name, keep_last_n=config.mlflow_keep_last_n_checkpoints
+    )
+    mirrors: list[Mirror] = [mlflow_mirror] if config.mlflow else []
+    if config.mongo_uri is not None:
+        from sb3_mlflow_ckpt.mirrors.mongo import MongoMirror
+
+        mirrors.append(MongoMirror(config.mongo_uri, config.mongo_db))
+    checkpoints = EpisodeCheckpointCallback(
+        config.checkpoint_interval_episodes,
+        config.keep_last_n_checkpoints,
+        config.checkpoint_dir,
+        agent_id=config.agent,
+        run_id=config.run_id,
+        run_name=config.run_name or f"{config.algo} {config.env_id}",
+        config=config.to_json(),
+        overrides=resolved.differences,
+        mirrors=mirrors,
+        start_offline=config.start_offline,
+        on_save_failure=config.on_save_failure,
+        heartbeat_seconds=config.heartbeat_seconds,
+        sync_timeout_seconds=config.sync_timeout_seconds,
+        max_unmirrored_checkpoints=config.max_unmirrored_checkpoints,
+    )
+    callbacks: list[BaseCallback] = [checkpoints]
+    if config.mode == "smoke":
+        callbacks.append(_TimeLimit(SMOKE_SECONDS))
+    if reporter is not None:
+        callbacks.append(reporter.callback(resolved, checkpoints))
+    try:
+        with checkpoints:
+            model.learn(
+                resolved.target - model.num_timesteps,
+                callback=CallbackList(callbacks),
+                reset_num_timesteps=resolved.source is None,
+                **_learn_options(model),
+            )
+    except Exception as error:
+        # Ctrl-C can break a worker's pipe before the training loop looks at the signal.
+        if checkpoints.interrupted_by is not None:
+            raise TrainingInterrupted(checkpoints.interrupted_by, checkpoints.latest_checkpoint) from error
+        raise
+    folder = checkpoints.folder
+    return TrainingResult(
+        resolved=resolved,
+        num_timesteps=model.num_timesteps,
+        episode=checkpoints.episode,
+        run_folder=folder.path.absolute() if folder is not None else None,
+        checkpoint=checkpoints.latest_checkpoint,
+        mlflow_run_id=mlflow_mirror.run_id if config.mlflow else None,
+        behind=checkpoints.behind,
+    )
+
+
+def _model(resolved: ResolvedTraining, env: VecEnv, seed: int) -> BaseAlgorithm:
+    source = resolved.source
+    if source is None:
+        return build_model(resolved.config, env, seed=seed)
+    from sb3_mlflow_ckpt.state.archive import read_archive
+    from sb3_mlflow_ckpt.state.model import restore_model
+
+    check_spaces(source, env)
+    model = build_model(resolved.config, env, seed=seed)
+    overridden = {key.partition(".")[2] for key in resolved.differences if key.startswith("hyperparameters.")}
+    try:
+        restore_model(model, read_archive(source.path, model.device), overridden=overridden)
+    except CheckpointLoadError:
+        raise
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointLoadError(source.uri, reason, version_differences(source.metadata.versions)) from error
+    note_origin(model, source.uri, source.metadata)
+    return model
+
+
+def _inherit(config: TrainingConfig, source: ResumeSource) -> TrainingConfig:
+    given = config.model_fields_set
+    saved = source.metadata.algo
+    if "algo" in given and algorithm_class(config.algo) is not algorithm_class(saved):
+        raise IncompatibleCheckpointError(
+            source.uri, f"it was trained with {saved!r}, this run asks for {config.algo!r}", f"Use --algo {saved}"
+        )
+    if "env_id" not in given and not source.metadata.config.get("env_id"):
+        raise ConfigError("env_id", "is needed: the checkpoint does not say which environment it was trained in")
+    return config.inherit({**source.metadata.config, "algo": saved, "agent_id": source.metadata.agent_id})
+
+
+def _seed(resolved: ResolvedTraining) -> int:
+    """Return the seed of this process: a resumed run must not replay the randomness that it has used already."""
+    assert resolved.config.seed is not None
+    if resolved.source is None:
+        return resolved.config.seed
+    return int(np.random.SeedSequence([resolved.config.seed, resolved.num_timesteps]).generate_state(1)[0])
+
+
+def _learn_options(model: BaseAlgorithm) -> Mapping[str, Any]:
+    if type(model).__name__ != "MaskablePPO":
+        return {}
+    from sb3_contrib.common.maskable.utils import is_masking_supported
+
+    env = model.get_env()
+    return {"use_masking": env is not None and is_masking_supported(env)}
+
+
+class _TimeLimit(BaseCallback):
+    """Ends `learn` after some seconds, as its normal end."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+        self._deadline = 0.0
+
+    def _on_training_start(self) -> None:
+        self._deadline = time.monotonic() + self._seconds
+
+    def _on_step(self) -> bool:
+        return time.monotonic() < self._deadline
+
+
+if __name__ == "__main__":
+    from sb3_mlflow_ckpt.cli import train_command
+
+    train_command()
