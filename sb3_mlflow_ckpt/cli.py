@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,47 +16,22 @@ from sb3_mlflow_ckpt.errors import (
     CheckpointNotFoundError,
     IncompatibleCheckpointError,
 )
-from sb3_mlflow_ckpt.options import training_options
+from sb3_mlflow_ckpt.options import (
+    agent_id_option,
+    checkpoint_dir_option,
+    json_option,
+    mongo_db_option,
+    mongo_uri_option,
+    options,
+    run_id_option,
+    tracking_uri_option,
+    training_options,
+)
 
 if TYPE_CHECKING:
+    from sb3_mlflow_ckpt.config import TrainingConfig
+    from sb3_mlflow_ckpt.runs.reader import RunReader
     from sb3_mlflow_ckpt.trainer import ResolvedTraining
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-_Runs = Any
-
-checkpoint_dir_option = click.option(
-    "--checkpoint-dir",
-    default="checkpoints",
-    show_default=True,
-    envvar="SB3_MLFLOW_CKPT_CHECKPOINT_DIR",
-    metavar="FOLDER",
-    help="The folder that holds agents' folders",
-)
-agent_id_option = click.option("--agent-id", metavar="TEXT", help="Only this agent")
-run_id_option = click.option("--run-id", metavar="TEXT", help="Only this run; a UUID with or without dashes")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON")
-mongo_uri_option = click.option(
-    "--mongo-uri", envvar="SB3_MLFLOW_CKPT_MONGO_URI", metavar="URI", help="The MongoDB that holds run records"
-)
-mongo_db_option = click.option(
-    "--mongo-db",
-    default="sb3_mlflow_ckpt",
-    show_default=True,
-    envvar="SB3_MLFLOW_CKPT_MONGO_DB",
-    metavar="TEXT",
-    help="Its database",
-)
-
-
-def _options(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
-    """Return one decorator that applies several, the first one listed first in the help."""
-
-    def decorate(function: _F) -> _F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
 
 
 @click.group(cls=Group)
@@ -82,22 +56,41 @@ def train_command(config_file: str | None, dry_run: bool, **flags: str | tuple[s
     # Validated before torch is imported: a wrong flag is answered at once.
     config = build_config([*layers, environment_layer(os.environ)])
 
-    from sb3_mlflow_ckpt import trainer
-
     if dry_run:
-        _print_resolved(trainer.resolve_config(config))
-        return
-    from sb3_mlflow_ckpt.progress import TerminalReporter
+        from sb3_mlflow_ckpt.trainer import resolve_config
 
-    trainer.train(config, reporter=TerminalReporter())
+        _print_resolved(resolve_config(config))
+    else:
+        _train(config)
+
+
+def _train(config: TrainingConfig) -> None:
+    from rich.console import Console
+
+    from sb3_mlflow_ckpt.errors import TrainingInterrupted
+    from sb3_mlflow_ckpt.progress import TerminalReporter, configure_logging
+    from sb3_mlflow_ckpt.trainer import train
+
+    console = Console()
+    configure_logging(console)
+    reporter = TerminalReporter(console)
+    try:
+        result = train(config, reporter=reporter)
+    except TrainingInterrupted as interruption:
+        reporter.close()
+        reporter.interrupted(config, interruption.checkpoint)
+        raise
+    finally:
+        reporter.close()
+    reporter.finished(result)
 
 
 def _print_resolved(resolved: ResolvedTraining) -> None:
     """Print a configuration as a YAML file that --config takes, with the differences as comments."""
     import yaml
 
-    if resolved.checkpoint is not None:
-        click.echo(f"# resumes from {resolved.checkpoint}")
+    if resolved.source is not None:
+        click.echo(f"# resumes {resolved.source.uri}")
         for key, change in resolved.differences.items():
             click.echo(f"# differs from the checkpoint: {key}: {change['from']!r} -> {change['to']!r}")
         if not resolved.differences:
@@ -114,7 +107,7 @@ def checkpoints_group() -> None:
 
 
 @checkpoints_group.command("list")
-@_options(checkpoint_dir_option, agent_id_option, run_id_option, json_option)
+@options(checkpoint_dir_option, agent_id_option, run_id_option, json_option)
 def list_command(checkpoint_dir: str, agent_id: str | None, run_id: str | None, as_json: bool) -> None:
     """Print the committed checkpoints, one path a line, by episode within a run."""
     from sb3_mlflow_ckpt.checkpoints import list_checkpoints
@@ -143,7 +136,7 @@ def _checkpoint_facts(path: Path) -> dict[str, Any]:
 
 @checkpoints_group.command("verify")
 @click.argument("paths", nargs=-1, metavar="[PATH]...")
-@_options(checkpoint_dir_option, agent_id_option, run_id_option, json_option)
+@options(checkpoint_dir_option, agent_id_option, run_id_option, json_option)
 @click.pass_context
 def verify_command(
     ctx: click.Context,
@@ -210,7 +203,7 @@ def _verdict(path: Path) -> dict[str, str | None]:
     help="How many to keep of each run; 0 keeps all",
 )
 @click.option("--dry-run", is_flag=True, help="Print what would go and remove nothing")
-@_options(checkpoint_dir_option, agent_id_option, run_id_option, json_option)
+@options(checkpoint_dir_option, agent_id_option, run_id_option, json_option)
 def prune_command(
     keep_last_n: int, dry_run: bool, checkpoint_dir: str, agent_id: str | None, run_id: str | None, as_json: bool
 ) -> None:
@@ -228,8 +221,9 @@ def prune_command(
 
 
 @checkpoints_group.command("sync")
-@click.option("--tracking-uri", envvar="SB3_MLFLOW_CKPT_TRACKING_URI", metavar="URI", help="MLflow tracking URI")
-@_options(checkpoint_dir_option, agent_id_option, run_id_option, mongo_uri_option, mongo_db_option)
+@options(
+    checkpoint_dir_option, agent_id_option, run_id_option, tracking_uri_option, mongo_uri_option, mongo_db_option
+)
 @click.pass_context
 def sync_command(
     ctx: click.Context,
@@ -252,7 +246,7 @@ def sync_command(
         mongo_db=mongo_db,
     )
     for result in results:
-        click.echo(f"{result.folder}: {result.mirror}: {result.error or 'ok'}")
+        click.echo(": ".join(filter(None, (str(result.folder), result.mirror, result.error or "ok"))))
     if not results:
         click.echo(f"No runs in {checkpoint_dir}", err=True)
     if any(result.error for result in results):
@@ -265,9 +259,13 @@ def runs_group() -> None:
 
 
 @runs_group.command("list")
-@click.option("--status", metavar="TEXT", help="Only running, completed, failed, interrupted or lost ones")
+@click.option(
+    "--status",
+    type=click.Choice(["running", "completed", "failed", "interrupted", "lost"]),
+    help="Only runs of this status; lost is one whose heartbeat is stale",
+)
 @click.option("--limit", type=click.IntRange(min=1), metavar="INTEGER", help="At most this many")
-@_options(checkpoint_dir_option, agent_id_option, mongo_uri_option, mongo_db_option, json_option)
+@options(checkpoint_dir_option, agent_id_option, mongo_uri_option, mongo_db_option, json_option)
 def runs_list_command(
     status: str | None,
     limit: int | None,
@@ -289,7 +287,7 @@ def runs_list_command(
 
 @runs_group.command("show")
 @click.argument("run_id")
-@_options(checkpoint_dir_option, mongo_uri_option, mongo_db_option, json_option)
+@options(checkpoint_dir_option, mongo_uri_option, mongo_db_option, json_option)
 def runs_show_command(
     run_id: str, checkpoint_dir: str, mongo_uri: str | None, mongo_db: str, as_json: bool
 ) -> None:
@@ -303,7 +301,7 @@ def runs_show_command(
     print_run(run)
 
 
-def _reader(checkpoint_dir: str, mongo_uri: str | None, mongo_db: str) -> _Runs:
+def _reader(checkpoint_dir: str, mongo_uri: str | None, mongo_db: str) -> RunReader:
     if mongo_uri:
         from sb3_mlflow_ckpt.runs.mongo import MongoRuns
 

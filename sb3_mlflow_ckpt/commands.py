@@ -14,7 +14,6 @@ import click
 
 from sb3_mlflow_ckpt.errors import CheckpointError, ConfigError, InvalidIdError, MirrorUnavailableError
 
-USAGE_EXIT_CODE = 2
 FAILURE_EXIT_CODE = 1
 
 
@@ -23,15 +22,21 @@ class OneLineError(click.ClickException):
 
     Args:
         line: What is printed on stderr.
-        exit_code: What the process returns.
     """
 
-    def __init__(self, line: str, exit_code: int) -> None:
+    exit_code = FAILURE_EXIT_CODE
+
+    def __init__(self, line: str) -> None:
         super().__init__(" ".join(part.strip() for part in line.splitlines()))
-        self.exit_code = exit_code
 
     def show(self, file: IO[Any] | None = None) -> None:
         click.echo(self.message, file=file, err=file is None)
+
+
+class OneLineUsageError(OneLineError):
+    """An error in what was typed or configured."""
+
+    exit_code = 2
 
 
 @contextmanager
@@ -42,19 +47,20 @@ def one_line_errors() -> Iterator[None]:
     except click.UsageError as error:
         if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
             raise  # Its message is the help, in many lines.
-        raise OneLineError(f"Error: {_usage_line(error)}", USAGE_EXIT_CODE) from error
+        raise OneLineUsageError(f"Error: {_usage_line(error)}") from error
     except ConfigError as error:
-        raise OneLineError(f"Error: {error}", USAGE_EXIT_CODE) from error
+        raise OneLineUsageError(f"Error: {error}") from error
     except MirrorUnavailableError as error:
-        raise OneLineError(f"Error: {error}", FAILURE_EXIT_CODE) from error
+        raise OneLineError(f"Error: {error}") from error
     except CheckpointError as error:
-        code = USAGE_EXIT_CODE if isinstance(error, InvalidIdError) else FAILURE_EXIT_CODE
-        raise OneLineError(f"{builtin_name(error)}: {error}", code) from error
+        kind = OneLineUsageError if isinstance(error, InvalidIdError) else OneLineError
+        raise kind(f"{builtin_name(error)}: {error}") from error
 
 
 def builtin_name(error: BaseException) -> str:
     """Return the name of the builtin exception that an error is: the documented words begin with it."""
-    builtin = (t for t in type(error).__mro__ if t.__module__ == "builtins" and t not in (Exception, BaseException))
+    too_general = (Exception, BaseException, object)
+    builtin = (t for t in type(error).__mro__ if t.__module__ == "builtins" and t not in too_general)
     return next(builtin, type(error)).__name__
 
 

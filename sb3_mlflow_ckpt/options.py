@@ -1,20 +1,63 @@
-"""Owns the command's options: `TrainingConfig`'s fields as click options, and a command that makes them lazily.
+"""Owns the options: those of training, made from `TrainingConfig`'s fields, and those that commands share.
 
-Values are taken as texts, so that one authority, `config.build_config`, checks them and names the flag.
+Importing it imports no pydantic, so the shared options repeat names and defaults that a test holds to the fields.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
     from sb3_mlflow_ckpt.settings import Setting
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+checkpoint_dir_option = click.option(
+    "--checkpoint-dir",
+    default="checkpoints",
+    show_default=True,
+    envvar="SB3_MLFLOW_CKPT_CHECKPOINT_DIR",
+    metavar="FOLDER",
+    help="The folder that holds agents' folders",
+)
+agent_id_option = click.option("--agent-id", metavar="TEXT", help="Only this agent")
+run_id_option = click.option("--run-id", metavar="TEXT", help="Only this run; a UUID with or without dashes")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON")
+tracking_uri_option = click.option(
+    "--tracking-uri", envvar="SB3_MLFLOW_CKPT_TRACKING_URI", metavar="URI", help="MLflow tracking URI"
+)
+mongo_uri_option = click.option(
+    "--mongo-uri", envvar="SB3_MLFLOW_CKPT_MONGO_URI", metavar="URI", help="The MongoDB that holds run records"
+)
+mongo_db_option = click.option(
+    "--mongo-db",
+    default="sb3_mlflow_ckpt",
+    show_default=True,
+    envvar="SB3_MLFLOW_CKPT_MONGO_DB",
+    metavar="TEXT",
+    help="Its database",
+)
+
+
+def options(*decorators: Callable[[_F], _F]) -> Callable[[_F], _F]:
+    """Return one decorator that applies several options, listed in the help in the order given."""
+
+    def decorate(function: _F) -> _F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
 
 def training_options() -> list[click.Parameter]:
-    """Return the options of the training command: one for each setting, `--config` and `--dry-run`."""
+    """Return the options of the training command: one for each setting, `--config` and `--dry-run`.
+
+    Values are taken as texts, so that one authority, `config.build_config`, checks them and names the flag.
+    """
     from sb3_mlflow_ckpt.settings import settings
 
     return [

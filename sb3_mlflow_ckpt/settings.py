@@ -196,7 +196,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         # Checked here, not in the constructor: merge keys (`<<`) may repeat a key on purpose.
-        node = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]  # PyYAML's stubs lack it.
+        node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):

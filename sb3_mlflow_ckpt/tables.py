@@ -15,7 +15,7 @@ _COLOURS = {"running": "green", "completed": "cyan", "failed": "red", "interrupt
 
 def print_runs(runs: Sequence[Mapping[str, Any]]) -> None:
     """Print one line a run."""
-    table = Table("run", "agent", "status", "episode", "timesteps", "reward", "checkpoints", "started", box=None)
+    table = Table("run", "agent", "status", "episode", "timesteps", "reward", "started", box=None)
     for run in runs:
         progress = run.get("progress") or {}
         table.add_row(
@@ -25,7 +25,6 @@ def print_runs(runs: Sequence[Mapping[str, Any]]) -> None:
             _text(progress.get("episode")),
             f"{_text(progress.get('num_timesteps'))} / {_text(progress.get('total_timesteps'))}",
             _text(progress.get("mean_reward")),
-            _text(len(run.get("checkpoint_paths") or ())),
             _text(run.get("started_at")),
         )
     _console().print(table if runs else "No runs")

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from servers import MongoServer, SilentServer, real_mongo_uri
+
+MongoServerFactory = Callable[[], MongoServer]
+
+
+@pytest.fixture(scope="session")
+def mongo_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a MongoDB-compatible server that lives as long as the session."""
+    _need_mongo_server()
+    server = MongoServer(tmp_path_factory.mktemp("mongo"))
+    server.start()
+    yield server.uri
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def real_mongo() -> str:
+    """The address of a real MongoDB."""
+    uri = real_mongo_uri()
+    if uri is None:
+        pytest.skip("NOT TESTED AGAINST MONGODB: set SB3_MLFLOW_CKPT_TEST_MONGO_URI to the address of one")
+    return uri
+
+
+@pytest.fixture
+def mongo_database() -> str:
+    """The name of a database that no other test uses."""
+    return f"test_{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def mongo_server(tmp_path: Path) -> Iterator[MongoServerFactory]:
+    """Makes servers, started, that a test may stop and start at the same address with the same storage."""
+    _need_mongo_server()
+    servers: list[MongoServer] = []
+
+    def make() -> MongoServer:
+        server = MongoServer(tmp_path / f"mongo-{len(servers)}")
+        servers.append(server)
+        server.start()
+        return server
+
+    yield make
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def silent_server() -> Iterator[SilentServer]:
+    """A server that accepts connections and never answers."""
+    server = SilentServer()
+    yield server
+    server.close()
+
+
+def _need_mongo_server() -> None:
+    if MongoServer.program() is None:
+        pytest.skip("NOT TESTED: secantusd-py is not installed beside this Python; install the extra [test]")

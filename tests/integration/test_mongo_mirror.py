@@ -1,0 +1,395 @@
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from journals import add_point, prune, save, start_run
+from pymongo import MongoClient
+from pymongo.monitoring import CommandListener
+from servers import MongoServer, SilentServer
+
+from sb3_mlflow_ckpt.errors import MirrorUnavailableError
+from sb3_mlflow_ckpt.journal import RunJournal
+from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.mirrors.mongo import MongoMirror
+from sb3_mlflow_ckpt.replication import Mirror, Replicator
+from sb3_mlflow_ckpt.runs import mongo
+from sb3_mlflow_ckpt.runs.folder import FolderRuns
+from sb3_mlflow_ckpt.runs.mongo import MongoRuns, open_database
+
+RUN = "0123456789abcdef0123456789abcdef"
+
+
+class Commands(CommandListener):
+    """Counts the documents of each write."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, int] = {}
+
+    def started(self, event: Any) -> None:
+        if event.command_name in ("update", "insert"):
+            collection = event.command[event.command_name]
+            count = len(event.command.get("updates", event.command.get("documents", ())))
+            self.written[collection] = self.written.get(collection, 0) + count
+            assert event.command["writeConcern"]["w"] == "majority"
+            assert event.command["writeConcern"]["j"] is True
+
+    def succeeded(self, event: Any) -> None:
+        pass
+
+    def failed(self, event: Any) -> None:
+        pass
+
+    def take(self) -> dict[str, int]:
+        written, self.written = self.written, {}
+        return written
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
+    """What the clients that are made from here on write."""
+    listener = Commands()
+
+    def client(*args: Any, **options: Any) -> MongoClient[dict[str, Any]]:
+        return MongoClient(*args, event_listeners=[listener], **options)
+
+    monkeypatch.setattr(mongo, "MongoClient", client)
+    return listener
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[RunJournal]:
+    journal = start_run(tmp_path, RUN)
+    yield journal
+    journal.close()
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[[str, str], tuple[MongoMirror, MongoRuns]]]:
+    """Makes a mirror and a reader of the same database."""
+    closing: list[MongoMirror | MongoRuns] = []
+
+    def make(uri: str, database: str) -> tuple[MongoMirror, MongoRuns]:
+        mirror, reader = MongoMirror(uri, database), MongoRuns(uri, database)
+        closing.extend((mirror, reader))
+        return mirror, reader
+
+    yield make
+    for each in closing:
+        each.close()
+
+
+Opened = Callable[[str, str], tuple[MongoMirror, MongoRuns]]
+
+
+def assert_same(reader: MongoRuns, journal: RunJournal) -> None:
+    folder = FolderRuns(journal.folder.checkpoint_dir)
+    assert reader.get(RUN) == folder.get(RUN)
+    assert reader.curve(RUN) == folder.curve(RUN)
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.02)
+
+
+def test_opening_answers_with_no_id_and_can_be_repeated(
+    mongo_uri: str, mongo_database: str, journal: RunJournal, opened: Opened
+) -> None:
+    mirror: Mirror = opened(mongo_uri, mongo_database)[0]
+    assert (mirror.name, mirror.stores_checkpoints) == ("MongoDB", False)
+    assert mirror.open(journal.record) is None
+    assert mirror.open(journal.record) is None
+
+
+def test_only_what_changed_is_sent(
+    mongo_uri: str, mongo_database: str, journal: RunJournal, opened: Opened, commands: Commands
+) -> None:
+    mirror, reader = opened(mongo_uri, mongo_database)
+    for episode in range(1, 6):
+        save(journal, episode)
+        add_point(journal, 10 * episode)
+    mirror.replicate(journal)
+    assert commands.take() == {"training_runs": 1, "training_checkpoints": 5, "training_metrics": 5}
+    mirror.replicate(journal)
+    assert commands.take() == {}
+
+    journal.update(heartbeat_at="2099-01-01T00:00:00.000Z")
+    mirror.replicate(journal)
+    assert commands.take() == {"training_runs": 1}
+
+    save(journal, 6)
+    prune(journal, 1)
+    journal.add_mirrored(2, "runs:/1/ep000002.zip")
+    mirror.replicate(journal)
+    assert commands.take() == {"training_checkpoints": 3}
+
+    add_point(journal, 60)
+    mirror.replicate(journal)
+    assert commands.take() == {"training_metrics": 1}
+    assert_same(reader, journal)
+
+
+def test_a_heartbeat_changes_only_its_own_field(
+    mongo_uri: str, mongo_database: str, journal: RunJournal, opened: Opened
+) -> None:
+    mirror, reader = opened(mongo_uri, mongo_database)
+    mirror.replicate(journal)
+    database = open_database(mongo_uri, mongo_database)
+    database["training_runs"].update_one({"_id": RUN}, {"$set": {"config": "left alone"}})
+    database.client.close()
+    journal.update(heartbeat_at="2099-01-01T00:00:00.000Z")
+    mirror.replicate(journal)
+    run = reader.get(RUN)
+    assert (run["heartbeat_at"], run["config"]) == ("2099-01-01T00:00:00.000Z", "left alone")
+
+
+def test_a_field_that_a_new_attempt_lacks_is_gone(
+    mongo_uri: str, mongo_database: str, journal: RunJournal, opened: Opened
+) -> None:
+    mirror, reader = opened(mongo_uri, mongo_database)
+    record = journal.record
+    journal.update(error={"type": "OSError"}, note="of the first attempt")
+    mirror.replicate(journal)
+    journal.start(record)
+    mirror.replicate(journal)
+    assert reader.get(RUN)["attempt"] == 2
+    assert "note" not in reader.get(RUN)
+    assert_same(reader, journal)
+
+
+def test_a_second_mirror_sends_everything_and_doubles_nothing(
+    mongo_uri: str, mongo_database: str, journal: RunJournal, opened: Opened, commands: Commands
+) -> None:
+    mirror, reader = opened(mongo_uri, mongo_database)
+    for episode in range(1, 4):
+        save(journal, episode)
+        add_point(journal, 10 * episode)
+    mirror.replicate(journal)
+    commands.take()
+    database = open_database(mongo_uri, mongo_database)
+    database["training_checkpoints"].delete_one({"episode": 2})
+    database["training_metrics"].delete_many({})
+    database.client.close()
+    opened(mongo_uri, mongo_database)[0].replicate(journal)
+    assert commands.take() == {"training_runs": 1, "training_checkpoints": 3, "training_metrics": 3}
+    assert_same(reader, journal)
+
+
+def test_a_database_that_was_dropped_is_filled_again(
+    mongo_uri: str, mongo_database: str, journal: RunJournal, opened: Opened
+) -> None:
+    mirror, reader = opened(mongo_uri, mongo_database)
+    save(journal, 50)
+    add_point(journal, 10)
+    mirror.replicate(journal)
+    client: MongoClient[dict[str, Any]]
+    with MongoClient(mongo_uri) as client:
+        client.drop_database(mongo_database)
+    journal.update(heartbeat_at="2099-01-01T00:00:00.000Z")
+    mirror.replicate(journal)
+    assert_same(reader, journal)
+
+
+def test_every_document_says_its_schema_version(
+    mongo_uri: str, mongo_database: str, journal: RunJournal, opened: Opened
+) -> None:
+    save(journal, 50)
+    add_point(journal, 10)
+    opened(mongo_uri, mongo_database)[0].replicate(journal)
+    database = open_database(mongo_uri, mongo_database)
+    for name in ("training_runs", "training_checkpoints", "training_metrics"):
+        assert [document["schema_version"] for document in database[name].find()] == [1]
+    database.client.close()
+
+
+def test_the_keys_of_checkpoints_and_points_are_unique(mongo_uri: str, mongo_database: str) -> None:
+    for _ in range(2):
+        database = open_database(mongo_uri, mongo_database)
+        unique = {
+            tuple(key for key, _ in index["key"])
+            for name in ("training_checkpoints", "training_metrics")
+            for index in database[name].index_information().values()
+            if index.get("unique")
+        }
+        database.client.close()
+        assert {frozenset(keys) for keys in unique} == {
+            frozenset({"run_id", "episode"}),
+            frozenset({"run_id", "num_timesteps", "time"}),
+        }
+
+
+def test_an_older_attempt_does_not_overwrite_its_successor(
+    tmp_path: Path, mongo_uri: str, mongo_database: str, opened: Opened, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newer = (start_run(tmp_path / host, RUN, host=host) for host in ("older", "newer"))
+    mirror, reader = opened(mongo_uri, mongo_database)
+    mirror.replicate(older)
+    newer.start(newer.record)
+    save(newer, 50, b"by the newer")
+    mirror.replicate(newer)
+
+    older.update(status="failed")
+    save(older, 50, b"by the older one")
+    add_point(older, 10)
+    for each in (mirror, opened(mongo_uri, mongo_database)[0]):
+        caplog.clear()
+        each.replicate(older)
+        each.replicate(older)
+        assert [record.levelno for record in caplog.records] == [logging.WARNING]
+        assert_same(reader, newer)
+    older.close()
+    newer.close()
+
+
+def test_one_mirror_sends_many_runs(tmp_path: Path, mongo_uri: str, mongo_database: str, opened: Opened) -> None:
+    mirror, reader = opened(mongo_uri, mongo_database)
+    for number in range(3):
+        journal = start_run(tmp_path, f"run-{number}")
+        save(journal, number)
+        mirror.replicate(journal)
+        journal.close()
+    assert reader.list() == FolderRuns(tmp_path).list()
+    for number in range(3):
+        assert [item["episode"] for item in reader.get(f"run-{number}")["checkpoint_paths"]] == [number]
+
+
+def test_a_folder_without_a_record_sends_nothing(
+    tmp_path: Path, mongo_uri: str, mongo_database: str, opened: Opened
+) -> None:
+    journal = RunJournal(RunFolder(tmp_path, "ppo_agent", RUN))
+    save(journal, 50)
+    mirror, reader = opened(mongo_uri, mongo_database)
+    mirror.replicate(journal)
+    journal.close()
+    assert reader.list() == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_is_missing_after_an_outage(
+    mongo_server: Callable[[], MongoServer], mongo_database: str, journal: RunJournal, opened: Opened, signum: int
+) -> None:
+    server = mongo_server()
+    mirror, reader = opened(server.uri, mongo_database)
+    mirror.open(journal.record)
+    save(journal, 50)
+    add_point(journal, 10)
+    mirror.replicate(journal)
+
+    server.stop(signum)
+    save(journal, 100)
+    prune(journal, 50)
+    add_point(journal, 20)
+    journal.update(progress={"num_timesteps": 20})
+    with pytest.raises(MirrorUnavailableError):
+        mirror.replicate(journal)
+
+    server.start()
+    add_point(journal, 30)
+    mirror.replicate(journal)
+    assert_same(reader, journal)
+
+
+def test_a_run_that_started_during_an_outage_is_sent_after_it(
+    mongo_server: Callable[[], MongoServer], mongo_database: str, journal: RunJournal, opened: Opened
+) -> None:
+    server = mongo_server()
+    server.stop()
+    mirror, reader = opened(server.uri, mongo_database)
+    save(journal, 50)
+    with pytest.raises(MirrorUnavailableError):
+        mirror.replicate(journal)
+    server.start()
+    mirror.replicate(journal)
+    assert_same(reader, journal)
+
+
+def test_the_replicators_thread_heals_an_outage(
+    mongo_server: Callable[[], MongoServer], mongo_database: str, journal: RunJournal, opened: Opened
+) -> None:
+    server = mongo_server()
+    mirror, reader = opened(server.uri, mongo_database)
+    replicator = Replicator(mirror, journal)
+    replicator.start()
+    for episode in range(1, 31):
+        save(journal, episode)
+        add_point(journal, 10 * episode)
+        journal.update(progress={"episode": episode})
+        if episode == 10:
+            server.stop()
+            eventually(lambda: replicator.failure is not None)
+        if episode == 20:
+            server.start()
+            eventually(lambda: replicator.failure is None)
+    journal.update(status="completed")
+    assert replicator.close(timeout=60)
+    assert len(reader.get(RUN)["checkpoint_paths"]) == 30
+    assert_same(reader, journal)
+
+
+# Without limits of its own, pymongo waits 30 s to find a server and for ever for an answer.
+@pytest.mark.timeout(25)
+def test_a_server_that_accepts_and_never_answers_is_given_up(
+    silent_server: SilentServer, mongo_database: str, journal: RunJournal, opened: Opened
+) -> None:
+    mirror, reader = opened(f"mongodb://127.0.0.1:{silent_server.port}/?serverSelectionTimeoutMS=99000", mongo_database)
+    with pytest.raises(MirrorUnavailableError):
+        mirror.open(journal.record)
+    with pytest.raises(MirrorUnavailableError):
+        reader.list()
+
+
+@pytest.mark.timeout(60)
+def test_a_server_that_stops_answering_is_given_up_and_taken_up_again(
+    mongo_server: Callable[[], MongoServer], mongo_database: str, journal: RunJournal, opened: Opened
+) -> None:
+    server = mongo_server()
+    mirror, reader = opened(server.uri, mongo_database)
+    mirror.replicate(journal)
+    os.kill(server.pid, signal.SIGSTOP)
+    save(journal, 50)
+    with pytest.raises(MirrorUnavailableError):
+        mirror.replicate(journal)
+    os.kill(server.pid, signal.SIGCONT)
+    mirror.replicate(journal)
+    assert_same(reader, journal)
+
+
+def test_credentials_are_not_in_the_error(journal: RunJournal, silent_server: SilentServer) -> None:
+    silent_server.close()
+    uri = f"mongodb://me:hunter2@127.0.0.1:{silent_server.port}/db?directConnection=true"
+    with pytest.raises(MirrorUnavailableError) as caught:
+        MongoMirror(uri, "db").open(journal.record)
+    assert "hunter2" not in str(caught.value)
+    assert f"MongoDB at mongodb://***@127.0.0.1:{silent_server.port}/db does not answer" in str(caught.value)
+
+
+def _read_in_child(reader: MongoRuns, results: Any) -> None:
+    results.put(reader.get(RUN)["run_id"])
+    reader.close()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_process_that_was_forked_makes_a_client_of_its_own(
+    mongo_uri: str, mongo_database: str, journal: RunJournal, opened: Opened
+) -> None:
+    mirror, reader = opened(mongo_uri, mongo_database)
+    mirror.replicate(journal)
+    reader.get(RUN)
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+    child = fork.Process(target=_read_in_child, args=(reader, results))
+    child.start()
+    assert results.get(timeout=60) == RUN
+    child.join(60)
+    assert child.exitcode == 0
+    assert_same(reader, journal)

@@ -1,0 +1,317 @@
+"""One suite over every store of runs: what holds for folders holds for MongoDB."""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from journals import add_point, commit, prune, save, start_run
+from pymongo import MongoClient
+
+from sb3_mlflow_ckpt.errors import CheckpointCorruptError, CheckpointNotFoundError, RunNotFoundError
+from sb3_mlflow_ckpt.journal import RunJournal
+from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.mirrors.mongo import MongoMirror
+from sb3_mlflow_ckpt.runs.folder import FolderRuns, read_run
+from sb3_mlflow_ckpt.runs.mongo import MongoRuns
+from sb3_mlflow_ckpt.runs.reader import RunReader
+
+RUN = "0123456789abcdef0123456789abcdef"
+HOSTILE = ["..", ".", "", "../x", "a/b", "/etc", "..\\x", "a\0b", "con", "{$gt: 1}", "x" * 300]
+STALE = "2020-01-01T00:00:00.000Z"
+
+
+class Store:
+    """A reader and a way to bring a journal before it."""
+
+    def __init__(self, reader: RunReader, publish: Callable[[RunJournal], None]) -> None:
+        self.reader = reader
+        self._publish = publish
+
+    def add(self, journal: RunJournal) -> None:
+        self._publish(journal)
+        journal.close()
+
+
+def mongo_store(uri: str, database: str) -> Iterator[Store]:
+    mirror, reader = MongoMirror(uri, database), MongoRuns(uri, database)
+    yield Store(reader, mirror.replicate)
+    mirror.close()
+    reader.close()
+    client: MongoClient[dict[str, Any]]
+    with MongoClient(uri) as client:
+        client.drop_database(database)
+
+
+@pytest.fixture(params=["folder", "mongo-compatible", "mongodb"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, mongo_database: str) -> Iterator[Store]:
+    if request.param == "folder":
+        yield Store(FolderRuns(tmp_path), lambda journal: None)
+        return
+    uri = request.getfixturevalue("mongo_uri" if request.param == "mongo-compatible" else "real_mongo")
+    yield from mongo_store(uri, mongo_database)
+
+
+def eventful_run(checkpoint_dir: Path, run_id: str = RUN) -> RunJournal:
+    config = {"wrappers": {"gym.Wrapper": {"$size": 84, "": None, "50%": [{"a.b": 1}]}}, "seed": 2**70, "lr": 1e-4}
+    journal = start_run(checkpoint_dir, run_id, config=config)
+    for episode in (50, 100, 150, 200, 1_000_000):
+        save(journal, episode)
+    journal.add_mirrored(50, "runs:/1/checkpoints/ep000050.zip")
+    journal.add_mirrored(150, "runs:/1/checkpoints/ep000150.zip")
+    journal.add_unmirrored(150)
+    prune(journal, 50)
+    prune(journal, 100)
+    save(journal, 200, b"saved again")
+    for step in (10, 20, 30):
+        add_point(journal, step, ep_rew_mean=step / 3, **{"train/a.b": None})
+    journal.update(progress={"num_timesteps": 30, "total_timesteps": 1000}, mlflow={"run_id": run_id})
+    return journal
+
+
+def test_a_run_shows_its_record_and_its_checkpoints_ascending(store: Store, tmp_path: Path) -> None:
+    store.add(eventful_run(tmp_path))
+    run = store.reader.get(RUN)
+    states = [(item["episode"], item["state"], item["on_disk"]) for item in run["checkpoint_paths"]]
+    assert states == [
+        (50, "mirrored", False),
+        (100, "pruned", False),
+        (150, "local", True),
+        (200, "local", True),
+        (1_000_000, "local", True),
+    ]
+    assert run["checkpoint_paths"][2]["path"] == str(tmp_path / "ppo_agent" / RUN / "ep000150.zip")
+    assert run["checkpoint_paths"][3]["bytes"] == len(b"saved again")
+    assert (run["run_id"], run["status"], run["schema_version"]) == (RUN, "running", 1)
+    json.dumps(run, allow_nan=False)
+
+
+def test_every_store_returns_the_same_document(store: Store, tmp_path: Path) -> None:
+    store.add(eventful_run(tmp_path))
+    folder = FolderRuns(tmp_path)
+    assert store.reader.get(RUN) == folder.get(RUN)
+    assert store.reader.list() == folder.list()
+    assert store.reader.curve(RUN) == folder.curve(RUN)
+
+
+def test_keys_with_dots_dollars_and_percents_come_back_as_they_were(store: Store, tmp_path: Path) -> None:
+    config = {"a.b": {"$set": 1, "$": 2, ".": 3, "%2E": 4, "%int": "5", "": 6, "a\0b": 7}, "$where": [{"$x.y": None}]}
+    store.add(start_run(tmp_path, RUN, config=config))
+    assert store.reader.get(RUN)["config"] == config
+
+
+def test_a_summary_has_no_checkpoints(store: Store, tmp_path: Path) -> None:
+    store.add(eventful_run(tmp_path))
+    (summary,) = store.reader.list()
+    assert "checkpoint_paths" not in summary
+    assert {**summary, "checkpoint_paths": store.reader.get(RUN)["checkpoint_paths"]} == store.reader.get(RUN)
+
+
+def test_an_id_is_accepted_with_and_without_dashes(store: Store, tmp_path: Path) -> None:
+    dashed = str(uuid.UUID(int=7))
+    store.add(start_run(tmp_path, RUN))
+    store.add(start_run(tmp_path, dashed))
+    for run_id in (RUN, str(uuid.UUID(RUN)), RUN.upper()):
+        assert store.reader.get(run_id)["run_id"] == RUN
+        assert store.reader.curve(run_id) == []
+    for run_id in (dashed, dashed.replace("-", "")):
+        assert store.reader.get(run_id)["run_id"] == dashed
+
+
+@pytest.mark.parametrize("run_id", ["unknown", uuid.uuid4().hex, *HOSTILE])
+def test_an_id_that_no_run_has_is_not_found(store: Store, tmp_path: Path, run_id: str) -> None:
+    store.add(start_run(tmp_path / "checkpoints", RUN))
+    for read in (store.reader.get, store.reader.curve):
+        with pytest.raises(RunNotFoundError) as caught:
+            read(run_id)
+        assert caught.value.run_id == run_id
+
+
+@pytest.mark.parametrize("agent_id", ["unknown", *HOSTILE])
+def test_an_agent_that_has_no_runs_lists_none(store: Store, tmp_path: Path, agent_id: str) -> None:
+    store.add(start_run(tmp_path, RUN))
+    assert store.reader.list(agent_id=agent_id) == []
+
+
+def test_an_empty_store_lists_no_runs(store: Store) -> None:
+    assert store.reader.list() == []
+
+
+def ids(runs: list[dict[str, Any]]) -> list[str]:
+    return [run["run_id"] for run in runs]
+
+
+def test_the_list_is_newest_first_by_agent_and_no_longer_than_asked(store: Store, tmp_path: Path) -> None:
+    for number, agent_id in enumerate(["b", "a", "b", "a"]):
+        started = f"2026-01-0{number + 1}T00:00:00.000Z"
+        store.add(start_run(tmp_path, f"run-{number}", agent_id=agent_id, started_at=started))
+    assert ids(store.reader.list()) == ["run-3", "run-2", "run-1", "run-0"]
+    assert ids(store.reader.list(agent_id="a")) == ["run-3", "run-1"]
+    assert ids(store.reader.list(limit=2)) == ["run-3", "run-2"]
+    assert ids(store.reader.list(agent_id="b", limit=1)) == ["run-2"]
+    assert store.reader.list(limit=0) == []
+    assert len(store.reader.list(limit=100)) == 4
+
+
+def test_runs_that_started_at_once_have_one_order(store: Store, tmp_path: Path) -> None:
+    for run_id in ("run-b", "run-c", "run-a"):
+        store.add(start_run(tmp_path, run_id, started_at=STALE))
+    assert ids(store.reader.list()) == ["run-c", "run-b", "run-a"]
+
+
+def test_a_status_is_the_derived_one_everywhere(store: Store, tmp_path: Path) -> None:
+    for status in ("running", "completed", "failed", "interrupted"):
+        store.add(start_run(tmp_path, f"run-{status}", status=status))
+    for status in ("running", "completed"):
+        store.add(start_run(tmp_path, f"stale-{status}", status=status, heartbeat_at=STALE))
+    assert ids(store.reader.list(status="running")) == ["run-running"]
+    assert ids(store.reader.list(status="lost")) == ["stale-running"]
+    assert ids(store.reader.list(status="lost", limit=1)) == ["stale-running"]
+    assert sorted(ids(store.reader.list(status="completed"))) == ["run-completed", "stale-completed"]
+    assert ids(store.reader.list(status="failed")) == ["run-failed"]
+    assert ids(store.reader.list(status="interrupted")) == ["run-interrupted"]
+    assert store.reader.list(status="unheard-of") == []
+    assert store.reader.get("stale-running")["status"] == "lost"
+    assert store.reader.get("stale-completed")["status"] == "completed"
+
+
+def test_a_late_heartbeat_makes_a_lost_run_running_again(store: Store, tmp_path: Path) -> None:
+    store.add(start_run(tmp_path, RUN, heartbeat_at=STALE))
+    assert store.reader.get(RUN)["status"] == "lost"
+    journal = RunJournal(RunFolder(tmp_path, "ppo_agent", RUN))
+    soon = datetime.now(timezone.utc) + timedelta(hours=1)
+    journal.update(heartbeat_at=soon.isoformat(timespec="milliseconds").replace("+00:00", "Z"))
+    store.add(journal)
+    assert store.reader.get(RUN)["status"] == "running"
+
+
+def test_a_curve_is_in_the_order_of_time_even_where_steps_went_back(store: Store, tmp_path: Path) -> None:
+    journal = start_run(tmp_path, RUN)
+    points = [
+        {"num_timesteps": 300, "episode": 3, "time": "2026-01-01T00:00:02.000Z", "ep_rew_mean": 3.0},
+        {"num_timesteps": 100, "episode": 1, "time": "2026-01-01T00:00:01.000Z", "ep_rew_mean": None},
+        # Resumed from an older checkpoint in the same folder.
+        {"num_timesteps": 200, "episode": 2, "time": "2026-01-01T00:00:03.000Z", "ep_rew_mean": 2.5},
+        {"num_timesteps": 200, "episode": 2, "time": "2026-01-01T00:00:03.000Z", "ep_rew_mean": 2.6},
+    ]
+    for point in points:
+        journal.add_metrics(point)
+    journal.add_metrics({"note": "no point"})
+    store.add(journal)
+    assert store.reader.curve(RUN) == [points[1], points[0], points[3]]
+
+
+def test_a_curve_of_many_points_is_whole(store: Store, tmp_path: Path) -> None:
+    journal = start_run(tmp_path, RUN)
+    with journal.folder.metrics.open("w") as file:
+        for step in range(1001):
+            time = f"2026-01-01T00:{step // 60:02d}:{step % 60:02d}.000Z"
+            file.write(json.dumps({"num_timesteps": step, "time": time, "run_id": "a scalar of this name"}) + "\n")
+        file.write('{"num_timesteps": 1001, "ti')
+    store.add(journal)
+    assert [point["num_timesteps"] for point in store.reader.curve(RUN)] == list(range(1001))
+
+
+# What only a folder can meet: files that a crash, a person or another program left.
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", "{}", '{"run_id": "another"}', '{"run_id": ["x"]}', "[" * 99_999]
+)
+def test_a_corrupt_record_is_passed_over_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    for run_id in ("good", "bad"):
+        start_run(tmp_path, run_id).close()
+    bad = RunFolder(tmp_path, "ppo_agent", "bad")
+    bad.record.write_text(content)
+    with caplog.at_level(logging.WARNING):
+        assert ids(FolderRuns(tmp_path).list()) == ["good"]
+    assert str(bad.record) in caplog.text
+    with pytest.raises(RunNotFoundError):
+        FolderRuns(tmp_path).get("bad")
+    with pytest.raises(CheckpointCorruptError):
+        read_run(bad)
+
+
+def test_a_folder_without_a_record_is_no_run(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, "ppo_agent", RUN)
+    folder.path.mkdir(parents=True)
+    (tmp_path / "ppo_agent" / "a file").touch()
+    (tmp_path / "another file").touch()
+    (tmp_path / ".git" / RUN).mkdir(parents=True)
+    assert FolderRuns(tmp_path).list() == []
+    with pytest.raises(RunNotFoundError):
+        FolderRuns(tmp_path).get(RUN)
+    with pytest.raises(CheckpointNotFoundError):
+        read_run(folder)
+
+
+def test_a_checkpoint_folder_that_does_not_exist_yet_has_no_runs(tmp_path: Path) -> None:
+    assert FolderRuns(tmp_path / "later").list() == []
+
+
+def test_a_commit_whose_line_is_missing_counts(tmp_path: Path) -> None:
+    journal = start_run(tmp_path, RUN)
+    save(journal, 50)
+    commit(journal.folder, 100)
+    journal.close()
+    assert [item["episode"] for item in FolderRuns(tmp_path).get(RUN)["checkpoint_paths"]] == [50, 100]
+
+
+def test_a_removal_whose_line_is_missing_counts(tmp_path: Path) -> None:
+    journal = start_run(tmp_path, RUN)
+    save(journal, 50)
+    journal.folder.metadata(50).unlink()
+    journal.close()
+    (item,) = FolderRuns(tmp_path).get(RUN)["checkpoint_paths"]
+    assert (item["state"], item["on_disk"]) == ("pruned", False)
+
+
+def test_a_checkpoint_that_was_saved_after_its_removal_is_there_again(tmp_path: Path) -> None:
+    journal = start_run(tmp_path, RUN)
+    save(journal, 50)
+    journal.add_mirrored(50, "runs:/1/old")
+    prune(journal, 50)
+    commit(journal.folder, 50, b"new")
+    journal.close()
+    (item,) = FolderRuns(tmp_path).get(RUN)["checkpoint_paths"]
+    assert (item["state"], item["uri"], item["bytes"]) == ("local", None, 3)
+
+
+def test_a_commit_whose_metadata_is_corrupt_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = start_run(tmp_path, RUN)
+    save(journal, 50)
+    commit(journal.folder, 100)
+    journal.folder.metadata(100).write_text("{")
+    journal.close()
+    assert [item["episode"] for item in FolderRuns(tmp_path).get(RUN)["checkpoint_paths"]] == [50]
+    assert "ep000100_metadata.json" in caplog.text
+
+
+def test_reading_changes_nothing_in_a_folder(tmp_path: Path) -> None:
+    journal = eventful_run(tmp_path)
+    commit(journal.folder, 300)
+    journal.close()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    FolderRuns(tmp_path).get(RUN)
+    FolderRuns(tmp_path).list()
+    FolderRuns(tmp_path).curve(RUN)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_paths_are_absolute_where_the_folder_was_named_relatively(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = start_run(tmp_path / "my runs", RUN)
+    save(journal, 50)
+    journal.close()
+    monkeypatch.chdir(tmp_path)
+    (item,) = FolderRuns("my runs").get(RUN)["checkpoint_paths"]
+    assert item["path"] == str(tmp_path / "my runs" / "ppo_agent" / RUN / "ep000050.zip")

@@ -1,0 +1,56 @@
+"""Runs the product as a user does: in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
+DEADLINE = 120.0
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Return an environment in which the package and the toy environments can be imported, and nothing else is set."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SB3_MLFLOW_CKPT_"))}
+    return {**inherited, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1", **extra}
+
+
+def trainer(*flags: object, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the trainer to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "sb3_mlflow_ckpt.trainer", *map(str, flags)],
+        cwd=cwd, env=env or environment(), capture_output=True, text=True, timeout=DEADLINE,
+    )  # fmt: skip
+
+
+def start_trainer(*flags: object, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start the trainer; its output goes to `trainer.log` in `cwd`."""
+    with (cwd / "trainer.log").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "sb3_mlflow_ckpt.trainer", *map(str, flags)],
+            cwd=cwd, env=env or environment(), stdout=log, stderr=log, text=True,
+        )  # fmt: skip
+
+
+def script(source: str, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a user's script to its end."""
+    return subprocess.run(
+        [sys.executable, "-c", source], cwd=cwd, env=env or environment(), capture_output=True, text=True,
+        timeout=DEADLINE,
+    )  # fmt: skip
+
+
+def wait_for(condition: Callable[[], object], what: str, process: subprocess.Popen[str] | None = None) -> None:
+    """Return when a condition holds; fail after a deadline, or when the process that should bring it about ends."""
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        if process is not None and process.poll() is not None and not condition():
+            raise AssertionError(f"the process ended with {process.returncode} before {what}")
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not happen within {DEADLINE} s")
+        time.sleep(0.05)
