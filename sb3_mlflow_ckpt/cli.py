@@ -10,12 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sb3_mlflow_ckpt.commands import FAILURE_EXIT_CODE, Command, Group
-from sb3_mlflow_ckpt.errors import (
-    CheckpointError,
-    CheckpointLoadError,
-    CheckpointNotFoundError,
-    IncompatibleCheckpointError,
-)
+from sb3_mlflow_ckpt.errors import CheckpointNotFoundError
 from sb3_mlflow_ckpt.options import (
     agent_id_option,
     checkpoint_dir_option,
@@ -93,8 +88,6 @@ def _print_resolved(resolved: ResolvedTraining) -> None:
         click.echo(f"# resumes {resolved.source.uri}")
         for key, change in resolved.differences.items():
             click.echo(f"# differs from the checkpoint: {key}: {change['from']!r} -> {change['to']!r}")
-        if not resolved.differences:
-            click.echo("# nothing differs from the checkpoint")
     click.echo(yaml.safe_dump(resolved.config.to_json(), sort_keys=False, allow_unicode=True), nl=False)
 
 
@@ -114,24 +107,15 @@ def list_command(checkpoint_dir: str, agent_id: str | None, run_id: str | None, 
 
     paths = list_checkpoints(checkpoint_dir, run_id=run_id, agent_id=agent_id)
     if as_json:
-        _print_json([_checkpoint_facts(path) for path in paths])
+        from sb3_mlflow_ckpt.reports import checkpoint_facts
+
+        _print_json([checkpoint_facts(path) for path in paths])
         return
     for path in paths:
         click.echo(path)
     if not paths:
         why = "" if Path(checkpoint_dir).is_dir() else ", there is no such folder"
         click.echo(f"No checkpoints in {checkpoint_dir}{why}", err=True)
-
-
-def _checkpoint_facts(path: Path) -> dict[str, Any]:
-    from sb3_mlflow_ckpt.journal import saved_facts
-    from sb3_mlflow_ckpt.verification import read_metadata
-
-    try:
-        metadata = read_metadata(path)
-    except CheckpointError as error:
-        return {"path": str(path), "error": str(error)}
-    return {"path": str(path), "agent_id": metadata.agent_id, "run_id": metadata.run_id, **saved_facts(metadata)}
 
 
 @checkpoints_group.command("verify")
@@ -151,12 +135,13 @@ def verify_command(
     Exits with 1 if one is not whole.
     """
     from sb3_mlflow_ckpt.checkpoints import list_checkpoints
+    from sb3_mlflow_ckpt.reports import checkpoints_at, verdict
 
     if paths:
-        found = [checkpoint for path in paths for checkpoint in _checkpoints_at(Path(path))]
+        found = [checkpoint for path in paths for checkpoint in checkpoints_at(Path(path))]
     else:
         found = list_checkpoints(_existing(checkpoint_dir), run_id=run_id, agent_id=agent_id)
-    results = [{"path": str(path), **_verdict(path)} for path in found]
+    results = [{"path": str(path), **verdict(path)} for path in found]
     if as_json:
         _print_json(results)
     for result in [] if as_json else results:
@@ -165,33 +150,6 @@ def verify_command(
         click.echo(f"No checkpoints in {checkpoint_dir}", err=True)
     if any(result["status"] != "ok" for result in results):
         ctx.exit(FAILURE_EXIT_CODE)
-
-
-def _checkpoints_at(path: Path) -> list[Path]:
-    from sb3_mlflow_ckpt.journal import committed_episodes
-    from sb3_mlflow_ckpt.layout import RunFolder
-
-    if not path.is_dir():
-        return [path]
-    folder = RunFolder.at(path)
-    # A folder without checkpoints stays in the list, where it is reported as what it is.
-    return [path / folder.model(episode).name for episode in committed_episodes(folder)] or [path]
-
-
-def _verdict(path: Path) -> dict[str, str | None]:
-    from sb3_mlflow_ckpt.checkpoints import verify_checkpoint
-
-    try:
-        verify_checkpoint(path)
-    except CheckpointNotFoundError as error:
-        return {"status": "missing", "why": str(error)}
-    except IncompatibleCheckpointError as error:
-        return {"status": "incompatible", "why": error.cause}
-    except CheckpointLoadError as error:
-        return {"status": "corrupt", "why": error.cause}
-    except OSError as error:
-        return {"status": "unreadable", "why": error.strerror or str(error)}
-    return {"status": "ok", "why": None}
 
 
 @checkpoints_group.command("prune")

@@ -329,7 +329,9 @@ def _check_key(key: Any, layer: Layer) -> None:
     if key not in TrainingConfig.model_fields:
         hint = nearest(str(key), list(TrainingConfig.model_fields))
         hint = hint or "Settings of the algorithm's own constructor go under 'hyperparameters:'"
-        raise ConfigError(str(key), "is not a setting", layer.label(str(key)), hint)
+        # A key with a line break in it must not break the one line of the error.
+        shown = str(key) if str(key).isprintable() else repr(key)
+        raise ConfigError(shown, "is not a setting", layer.label(str(key)), hint)
 
 
 def _config_error(detail: ErrorDetails, merged: Mapping[str, Any], sources: Mapping[str, str]) -> ConfigError:

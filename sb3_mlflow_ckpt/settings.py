@@ -187,7 +187,7 @@ class _Duplicate(yaml.YAMLError):
 
     def __init__(self, key: str, first: int, second: int) -> None:
         super().__init__(key)
-        self.key = key
+        self.key = key if key.isprintable() else repr(key)
         self.lines = f"line {first}" if first == second else f"lines {first} and {second}"
 
 

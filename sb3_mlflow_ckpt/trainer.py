@@ -1,22 +1,18 @@
-"""Owns `train(config)`: the one place that composes everything. `python -m sb3_mlflow_ckpt.trainer --flags` runs it."""
+"""Owns `train(config)`: the one place that composes everything. `python -m sb3_mlflow_ckpt.trainer --flags` runs it.
+
+Importing it imports no torch, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import secrets
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList
-from stable_baselines3.common.vec_env import VecEnv
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sb3_mlflow_ckpt.algorithms import algorithm_class, build_model, check_hyperparameters, default_learning_rate
-from sb3_mlflow_ckpt.callback import EpisodeCheckpointCallback
 from sb3_mlflow_ckpt.checkpoints import note_origin
 from sb3_mlflow_ckpt.config import TrainingConfig, differences
 from sb3_mlflow_ckpt.environments import make_env
@@ -30,6 +26,13 @@ from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror
 from sb3_mlflow_ckpt.provenance import version_differences
 from sb3_mlflow_ckpt.replication import Mirror
 from sb3_mlflow_ckpt.resume import ResumeSource, check_spaces, resolve_checkpoint
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.base_class import BaseAlgorithm
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.vec_env import VecEnv
+
+    from sb3_mlflow_ckpt.callback import EpisodeCheckpointCallback
 
 SMOKE_TIMESTEPS = 2_048
 SMOKE_SECONDS = 30.0
@@ -162,6 +165,11 @@ def train(config: TrainingConfig, *, reporter: Reporter | None = None) -> Traini
 
 
 def _learn(resolved: ResolvedTraining, model: BaseAlgorithm, reporter: Reporter | None) -> TrainingResult:
+    from stable_baselines3.common.callbacks import CallbackList
+
+    from sb3_mlflow_ckpt.callback import EpisodeCheckpointCallback
+    from sb3_mlflow_ckpt.time_limit import TimeLimit
+
     config = resolved.config
     mlflow_mirror = MLflowMirror(
         config.tracking_uri, config.experiment_name, keep_last_n=config.mlflow_keep_last_n_checkpoints
@@ -189,7 +197,7 @@ def _learn(resolved: ResolvedTraining, model: BaseAlgorithm, reporter: Reporter 
     )
     callbacks: list[BaseCallback] = [checkpoints]
     if config.mode == "smoke":
-        callbacks.append(_TimeLimit(SMOKE_SECONDS))
+        callbacks.append(TimeLimit(SMOKE_SECONDS))
     if reporter is not None:
         callbacks.append(reporter.callback(resolved, checkpoints))
     try:
@@ -252,6 +260,8 @@ def _inherit(config: TrainingConfig, source: ResumeSource) -> TrainingConfig:
 
 def _seed(resolved: ResolvedTraining) -> int:
     """Return the seed of this process: a resumed run must not replay the randomness that it has used already."""
+    import numpy as np
+
     assert resolved.config.seed is not None
     if resolved.source is None:
         return resolved.config.seed
@@ -265,21 +275,6 @@ def _learn_options(model: BaseAlgorithm) -> Mapping[str, Any]:
 
     env = model.get_env()
     return {"use_masking": env is not None and is_masking_supported(env)}
-
-
-class _TimeLimit(BaseCallback):
-    """Ends `learn` after some seconds, as its normal end."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self._seconds = seconds
-        self._deadline = 0.0
-
-    def _on_training_start(self) -> None:
-        self._deadline = time.monotonic() + self._seconds
-
-    def _on_step(self) -> bool:
-        return time.monotonic() < self._deadline
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mlflow_server import MlflowServer
 from servers import MongoServer, SilentServer, real_mongo_uri
 
 MongoServerFactory = Callable[[], MongoServer]
@@ -63,3 +64,21 @@ def silent_server() -> Iterator[SilentServer]:
 def _need_mongo_server() -> None:
     if MongoServer.program() is None:
         pytest.skip("NOT TESTED: secantusd-py is not installed beside this Python; install the extra [test]")
+
+
+@pytest.fixture(scope="session")
+def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an MLflow server that lives as long as the session."""
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
+    server.start()
+    yield server.uri
+    server.stop()
+
+
+@pytest.fixture
+def mlflow_server(tmp_path: Path) -> Iterator[MlflowServer]:
+    """An MLflow server, started, that a test may stop and start at the same address with the same storage."""
+    server = MlflowServer(tmp_path / "mlflow-server")
+    server.start()
+    yield server
+    server.stop()

@@ -51,12 +51,12 @@ class MongoServer:
         self._folder.mkdir(parents=True, exist_ok=True)
         config = self._folder / "empty.toml"
         config.touch()
-        arguments = ["--config", config, "--host", "127.0.0.1", "--port", str(self._port)]
-        storage = ["--storage-path", self._folder / "wt", "--cache-size", "64M"]
+        address = ["--config", str(config), "--host", "127.0.0.1", "--port", str(self._port)]
+        storage = ["--storage-path", str(self._folder / "wt"), "--cache-size", "64M"]
         log = self._folder / "log"
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [program, *arguments, *storage], stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                [program, *address, *storage], stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
         self._port = self._wait_for_port(log)
 

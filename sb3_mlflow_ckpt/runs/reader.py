@@ -49,7 +49,7 @@ class RunReader(Protocol):
         """Return the points of a run's learning curve in the order in which they were made.
 
         Raises:
-            RunNotFoundError: There is no such run, or its record cannot be read.
+            RunNotFoundError: There is no such run.
             MirrorUnavailableError: The store is a server, and does not answer.
         """
         ...

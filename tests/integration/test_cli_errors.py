@@ -16,6 +16,7 @@ from stable_baselines3 import PPO
 from sb3_mlflow_ckpt import checkpoints, trainer
 from sb3_mlflow_ckpt.cli import main
 from sb3_mlflow_ckpt.commands import builtin_name
+from sb3_mlflow_ckpt.config import TrainingConfig
 from sb3_mlflow_ckpt.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -240,12 +241,15 @@ def test_a_dry_run_prints_a_file_that_can_be_used(monkeypatch: pytest.MonkeyPatc
     assert run("train", "--dry-run", "--config", "again.yaml").stdout == done.stdout
 
 
-def test_a_dry_run_of_a_resume_prints_what_differs(saved: list[Path]) -> None:
-    words = ["--resume-from-checkpoint", str(saved[0]), "--env-id", "CartPole-v1", "--learning-rate", "1e-4"]
-    done = run("train", "--dry-run", *words)
+def test_a_dry_run_of_a_resume_prints_what_differs() -> None:
+    model = PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, device="cpu")
+    config = TrainingConfig(learning_rate=3e-4, seed=1).to_json()
+    path = checkpoints.save_checkpoint(model, agent_id="ppo_agent", run_id="r", episode=7, config=config)
+    done = run("train", "--dry-run", "--resume-from-checkpoint", str(path), "--learning-rate", "1e-4")
     assert done.exit_code == 0, done.output
     assert "# resumes " in done.stdout
-    assert "# differs from the checkpoint: learning_rate: " in done.stdout
+    differs = [line for line in done.stdout.splitlines() if "differs" in line]
+    assert differs == ["# differs from the checkpoint: learning_rate: 0.0003 -> 0.0001"]
     assert yaml.safe_load(done.stdout)["learning_rate"] == 1e-4
 
 

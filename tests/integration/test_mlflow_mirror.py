@@ -1,0 +1,221 @@
+"""The copy in MLflow, over a real server and over the default sqlite store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from journals import save, start_run
+from mlflow import MlflowClient
+from mlflow_server import MlflowServer
+from servers import SilentServer
+
+from sb3_mlflow_ckpt.errors import CheckpointNotFoundError, MirrorUnavailableError
+from sb3_mlflow_ckpt.journal import RunJournal
+from sb3_mlflow_ckpt.mirrors.mlflow import LATEST_TAG, MLflowMirror
+from sb3_mlflow_ckpt.replication import Replicator
+from sb3_mlflow_ckpt.resume import resolve_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def _own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """MLflow keeps its settings in the environment and in globals of the process."""
+    for key in [key for key in os.environ if key.startswith("MLFLOW_")]:
+        monkeypatch.delenv(key)
+    monkeypatch.chdir(tmp_path)
+    yield
+    while mlflow.active_run() is not None:
+        mlflow.end_run()
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture(params=["server", "sqlite"])
+def tracking_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "server":
+        return str(request.getfixturevalue("mlflow_uri"))
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def _point(steps: int, seconds: int, **values: Any) -> dict[str, Any]:
+    time = f"2026-01-01T00:00:{seconds:02d}.000Z"
+    return {"num_timesteps": steps, "episode": steps // 10, "time": time, "ep_rew_mean": None, **values}
+
+
+def _opened(mirror: MLflowMirror, folder: Path, **record: Any) -> RunJournal:
+    journal = start_run(folder, "run", **record)
+    run_id = mirror.open(journal.record)
+    assert run_id is not None
+    return journal
+
+
+def test_a_run_is_copied_whole(tmp_path: Path, tracking_uri: str) -> None:
+    mirror = MLflowMirror(tracking_uri, "cart poles")
+    journal = _opened(mirror, tmp_path, config={"learning_rate": 0.1, "hyperparameters": {"n_steps": 8}})
+    journal.add_metrics(_point(10, 1, ep_rew_mean=1.5, **{"train/loss": 0.5}))
+    journal.add_metrics(_point(20, 2))
+    for episode in (50, 100):
+        save(journal, episode)
+    mirror.replicate(journal)
+    journal.update(status="completed", ended_at="2026-01-01T00:01:00.000Z")
+    mirror.replicate(journal)
+
+    client = MlflowClient(tracking_uri)
+    run = client.get_run(str(mirror.run_id))
+    assert client.get_experiment(run.info.experiment_id).name == "cart poles"
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"learning_rate": "0.1", "hyperparameters.n_steps": "8"}
+    assert run.data.metrics["rollout/ep_rew_mean"] == 1.5
+    assert run.data.metrics["train/loss"] == 0.5
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "rollout/episodes")] == [10, 20]
+    assert run.data.tags[LATEST_TAG] == "checkpoints/ep000100.zip"
+    assert run.data.tags["sb3_mlflow_ckpt.status"] == "completed"
+    files = {file.path for file in client.list_artifacts(run.info.run_id, "checkpoints")}
+    assert files == {f"checkpoints/ep000{e}{s}" for e in ("050", "100") for s in (".zip", "_metadata.json")}
+    assert journal.record["mlflow"]["run_id"] == run.info.run_id
+    assert journal.ledger.uris[50] == f"runs:/{run.info.run_id}/checkpoints/ep000050.zip"
+
+
+def test_copying_again_from_another_process_changes_nothing(tmp_path: Path, tracking_uri: str) -> None:
+    mirror = MLflowMirror(tracking_uri)
+    journal = _opened(mirror, tmp_path, config={"seed": 1})
+    journal.add_metrics(_point(10, 1))
+    save(journal, 50)
+    mirror.replicate(journal)
+    journal.add_metrics(_point(20, 2))
+    for _ in range(2):
+        MLflowMirror(tracking_uri).replicate(journal)
+    client = MlflowClient(tracking_uri)
+    assert len(client.search_runs([client.get_run(str(mirror.run_id)).info.experiment_id])) >= 1
+    history = client.get_metric_history(str(mirror.run_id), "rollout/episodes")
+    assert [metric.step for metric in history] == [10, 20]
+
+
+def test_the_run_of_mlflow_run_is_continued_and_its_parameters_stand(
+    tmp_path: Path, tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = MlflowClient(tracking_uri)
+    made = client.create_run("0")
+    for key, value in {"learning_rate": "inherit", "total_timesteps": "5000", "seed": "7.0"}.items():
+        client.log_param(made.info.run_id, key, value)
+    monkeypatch.setenv("MLFLOW_RUN_ID", made.info.run_id)
+    mirror = MLflowMirror(tracking_uri)
+    journal = _opened(mirror, tmp_path, config={"learning_rate": 0.1, "total_timesteps": 5000, "seed": 7})
+    mirror.replicate(journal)
+    assert mirror.run_id == made.info.run_id
+    assert client.get_run(made.info.run_id).data.params == {
+        "learning_rate": "inherit", "resolved.learning_rate": "0.1", "total_timesteps": "5000", "seed": "7.0",
+    }  # fmt: skip
+
+
+def test_the_run_that_the_caller_opened_is_continued_and_left_for_the_caller_to_end(tmp_path: Path) -> None:
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    with mlflow.start_run() as active:
+        mirror = MLflowMirror()
+        journal = _opened(mirror, tmp_path)
+        journal.update(status="failed", ended_at="2026-01-01T00:01:00.000Z")
+        mirror.replicate(journal)
+        assert mirror.run_id == active.info.run_id
+        assert MlflowClient().get_run(active.info.run_id).info.status == "RUNNING"
+    assert MlflowClient().get_run(active.info.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"), [("completed", "FINISHED"), ("failed", "FAILED"), ("interrupted", "KILLED")]
+)
+def test_each_terminal_status_is_set(tmp_path: Path, status: str, expected: str) -> None:
+    mirror = MLflowMirror(f"sqlite:///{tmp_path}/mlflow.db")
+    journal = _opened(mirror, tmp_path)
+    mirror.replicate(journal)
+    error = {"type": "ValueError", "message": "no", "traceback": "..."}
+    journal.update(status=status, ended_at="2026-01-01T00:01:00.000Z", error=error)
+    mirror.replicate(journal)
+    run = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(str(mirror.run_id))
+    assert run.info.status == expected
+    assert run.info.end_time == 1767225660000
+    assert run.data.tags["sb3_mlflow_ckpt.error"] == "ValueError: no"
+
+
+def test_the_newest_n_stay_in_the_mirror_and_removed_ones_are_not_sent_again(tmp_path: Path, tracking_uri: str) -> None:
+    mirror = MLflowMirror(tracking_uri, keep_last_n=2)
+    journal = _opened(mirror, tmp_path)
+    for episode in (50, 100, 150, 200):
+        save(journal, episode)
+        mirror.replicate(journal)
+    mirror.replicate(journal)
+    files = MlflowClient(tracking_uri).list_artifacts(str(mirror.run_id), "checkpoints")
+    assert {Path(file.path).name for file in files if file.path.endswith(".zip")} == {"ep000150.zip", "ep000200.zip"}
+    assert len(files) == 4
+    assert journal.waiting_for_mirror() == set()
+
+
+def test_an_episode_that_was_saved_again_is_sent_again(tmp_path: Path, tracking_uri: str) -> None:
+    mirror = MLflowMirror(tracking_uri)
+    journal = _opened(mirror, tmp_path)
+    save(journal, 50)
+    mirror.replicate(journal)
+    save(journal, 50, b"a later state")
+    mirror.replicate(journal)
+    mlflow.set_tracking_uri(tracking_uri)
+    copy = mlflow.artifacts.download_artifacts(run_id=mirror.run_id, artifact_path="checkpoints/ep000050.zip")
+    assert Path(copy).read_bytes() == b"a later state"
+
+
+def test_an_outage_is_raised_and_made_good_afterwards(tmp_path: Path, mlflow_server: MlflowServer) -> None:
+    mirror = MLflowMirror(mlflow_server.uri)
+    journal = _opened(mirror, tmp_path)
+    replicator = Replicator(mirror, journal)
+    replicator.start()
+    journal.add_metrics(_point(10, 1))
+    mlflow_server.stop()
+    for second in range(2, 40):
+        journal.add_metrics(_point(10 * second, second))
+    for episode in (50, 100, 150):
+        save(journal, episode)
+    journal.update(status="completed", ended_at="2026-01-01T00:01:00.000Z")
+    assert not replicator.close(0.1)
+    mlflow_server.start()
+    assert replicator.close(120)
+    client = MlflowClient(mlflow_server.uri)
+    assert len(client.list_artifacts(str(mirror.run_id), "checkpoints")) == 6
+    history = client.get_metric_history(str(mirror.run_id), "rollout/episodes")
+    assert [metric.step for metric in history] == list(range(10, 400, 10))
+    assert client.get_run(str(mirror.run_id)).info.status == "FINISHED"
+
+
+def test_a_server_that_does_not_answer_at_start_is_a_clear_error(silent_server: SilentServer) -> None:
+    for port in (silent_server.port, 9):
+        with pytest.raises(MirrorUnavailableError, match=rf"MLflow at http://\*\*\*@127\.0\.0\.1:{port} does not answer"):
+            MLflowMirror(f"http://user:secret@127.0.0.1:{port}").open({"name": None})
+
+
+def test_a_run_that_started_offline_is_made_when_the_server_is_back(tmp_path: Path, mlflow_server: MlflowServer) -> None:
+    mlflow_server.stop()
+    mirror = MLflowMirror(mlflow_server.uri)
+    journal = start_run(tmp_path, "run")
+    with pytest.raises(MirrorUnavailableError):
+        mirror.open(journal.record)
+    save(journal, 50)
+    mlflow_server.start()
+    mirror.replicate(journal)
+    assert len(MlflowClient(mlflow_server.uri).list_artifacts(journal.record["mlflow"]["run_id"], "checkpoints")) == 2
+
+
+def test_a_checkpoint_that_mlflow_lacks_says_what_it_has(tmp_path: Path, tracking_uri: str) -> None:
+    mirror = MLflowMirror(tracking_uri)
+    journal = _opened(mirror, tmp_path)
+    save(journal, 50)
+    mirror.replicate(journal)
+
+    def resolve(uri: str) -> None:
+        resolve_checkpoint(uri, checkpoint_dir="c", agent_id="a", tracking_uri=tracking_uri)
+
+    with pytest.raises(CheckpointNotFoundError, match=r"ep000100\.zip\. The run holds checkpoints/ep000050\.zip"):
+        resolve(f"runs:/{mirror.run_id}/checkpoints/ep000100.zip")
+    with pytest.raises(CheckpointNotFoundError, match="has no run 'f{32}'"):
+        resolve(f"runs:/{'f' * 32}")
+    with pytest.raises(CheckpointNotFoundError):
+        resolve(f"runs:/{mirror.run_id}/../../etc/passwd")
