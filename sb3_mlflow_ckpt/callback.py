@@ -14,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mlflow_ckpt.algorithms import algorithm_name, describe_model
 from sb3_mlflow_ckpt.checkpoints import origin
-from sb3_mlflow_ckpt.commit import capture_checkpoint
+from sb3_mlflow_ckpt.commit import capture_checkpoint, prepare_folder
 from sb3_mlflow_ckpt.curve import CurveSampler
 from sb3_mlflow_ckpt.errors import CheckpointSaveError, MirrorUnavailableError, TrainingInterrupted
 from sb3_mlflow_ckpt.interruption import ExitGuard, SignalGuard
@@ -29,6 +29,8 @@ from sb3_mlflow_ckpt.state.model import all_finite
 from sb3_mlflow_ckpt.state.replay import ReplayRefill
 
 logger = logging.getLogger(__name__)
+
+_START_OFFLINE = "with start_offline it trains at once and sends the records when it is back"
 
 
 class EpisodeCheckpointCallback(BaseCallback):
@@ -174,6 +176,8 @@ class EpisodeCheckpointCallback(BaseCallback):
                 self._parent, self.episode = came_from.reference, came_from.metadata.episode
                 self._root_run_id = came_from.metadata.root_run_id or came_from.metadata.run_id
         self.agent_id = self.agent_id or f"{algorithm_name(type(self.model)).rpartition(':')[2].lower()}_agent"
+        # Before anything is made elsewhere: no run must be left behind in MLflow for a disk that refuses.
+        prepare_folder(self._checkpoint_dir)
         record = self._new_record()
         self.run_id = self._open_mirrors(record)
         self._root_run_id = self._root_run_id or self.run_id
@@ -325,6 +329,6 @@ class EpisodeCheckpointCallback(BaseCallback):
                 names.append(mirror.open(record))
             except MirrorUnavailableError as error:
                 if not self._start_offline:
-                    raise
+                    raise MirrorUnavailableError(error.name, error.uri, error.cause, _START_OFFLINE) from error
                 logger.warning("%s", error)
         return self.run_id or next((name for name in names if name), None) or uuid.uuid4().hex

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sb3_mlflow_ckpt.commit import capture_checkpoint, commit_checkpoint, remove_checkpoint
 from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointLoadError, InvalidIdError
-from sb3_mlflow_ckpt.journal import committed_episodes
-from sb3_mlflow_ckpt.layout import RunFolder, id_spellings, model_path
+from sb3_mlflow_ckpt.journal import committed_episodes, read_record
+from sb3_mlflow_ckpt.layout import RunFolder, check_id, id_spellings, model_path
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, ParentReference
 from sb3_mlflow_ckpt.policies import KeepLastN
+from sb3_mlflow_ckpt.runs.folder import read_ledger
 from sb3_mlflow_ckpt.verification import read_metadata, verify_checkpoint
 
 if TYPE_CHECKING:
@@ -110,15 +111,16 @@ def run_folders(
     A UUID is found with and without its dashes.
     """
     root = Path(checkpoint_dir)
+    for value, what in ((agent_id, "agent_id"), (run_id, "run_id")):
+        if value is not None:
+            check_id(value, what)
     wanted = None if run_id is None else id_spellings(run_id)
     for agent in sorted(_folders(root)) if agent_id is None else [agent_id]:
         for run in sorted(_folders(root / agent)) if wanted is None else wanted:
             try:
                 folder = RunFolder(root, agent, run)
             except InvalidIdError:
-                if wanted is not None or agent_id is not None:
-                    raise
-                continue
+                continue  # Somebody else's folder.
             if folder.path.is_dir():
                 yield folder
 
@@ -224,7 +226,9 @@ def prune_checkpoints(
     keep_last_n: int = 3,
     dry_run: bool = False,
 ) -> list[Path]:
-    """Remove all but the newest checkpoints of each run; never the newest one that verifies.
+    """Remove all but the newest checkpoints of each run.
+
+    Never the newest one that verifies, nor one that a run tracked in MLflow has not sent there yet.
 
     Args:
         checkpoint_dir: The folder that holds agents' folders.
@@ -239,7 +243,7 @@ def prune_checkpoints(
     removed: list[Path] = []
     for folder in run_folders(checkpoint_dir, run_id, agent_id):
         episodes = committed_episodes(folder)
-        protected = _newest_verified(folder, episodes)
+        protected = _newest_verified(folder, episodes) | _not_mirrored(folder)
         for episode in KeepLastN(keep_last_n).removable(episodes, protected):
             if not dry_run:
                 remove_checkpoint(folder, episode)
@@ -256,6 +260,14 @@ def _newest_verified(folder: RunFolder, episodes: Collection[int]) -> set[int]:
             continue
         return {episode}
     return set()
+
+
+def _not_mirrored(folder: RunFolder) -> set[int]:
+    try:
+        tracked = "MLflow" in read_record(folder).get("mirrors", ())
+    except CheckpointError:
+        return set()
+    return read_ledger(folder).waiting if tracked else set()
 
 
 def _folders(parent: Path) -> list[str]:

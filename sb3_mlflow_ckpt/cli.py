@@ -179,9 +179,7 @@ def prune_command(
 
 
 @checkpoints_group.command("sync")
-@options(
-    checkpoint_dir_option, agent_id_option, run_id_option, tracking_uri_option, mongo_uri_option, mongo_db_option
-)
+@options(checkpoint_dir_option, agent_id_option, run_id_option, tracking_uri_option, mongo_uri_option, mongo_db_option)
 @click.pass_context
 def sync_command(
     ctx: click.Context,
@@ -246,9 +244,7 @@ def runs_list_command(
 @runs_group.command("show")
 @click.argument("run_id")
 @options(checkpoint_dir_option, mongo_uri_option, mongo_db_option, json_option)
-def runs_show_command(
-    run_id: str, checkpoint_dir: str, mongo_uri: str | None, mongo_db: str, as_json: bool
-) -> None:
+def runs_show_command(run_id: str, checkpoint_dir: str, mongo_uri: str | None, mongo_db: str, as_json: bool) -> None:
     """Print one run with its checkpoints."""
     run = _reader(checkpoint_dir, mongo_uri, mongo_db).get(run_id)
     if as_json:

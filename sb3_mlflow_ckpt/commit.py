@@ -7,6 +7,7 @@ commit. Removal goes the other way round. So a reader sees a whole checkpoint or
 from __future__ import annotations
 
 import errno
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +27,7 @@ _DISK_FULL = (
     "Reduce keep_last_n_checkpoints, increase checkpoint_interval_episodes, clean up old checkpoints, "
     "or use a different checkpoint_dir with more space"
 )
+_UNUSABLE = "Check that checkpoint_dir is a writable folder"
 
 
 class CheckpointCapture(NamedTuple):
@@ -96,6 +98,20 @@ def capture_checkpoint(
     return CheckpointCapture(captured, metadata)
 
 
+def prepare_folder(folder: Path) -> None:
+    """Make a folder for checkpoints, and see that files can be made in it.
+
+    Raises:
+        CheckpointSaveError: It cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointSaveError(folder, error, _UNUSABLE) from error
+
+
 def commit_checkpoint(folder: RunFolder, capture: CheckpointCapture) -> CheckpointMetadata:
     """Write a captured checkpoint; when this returns it survives a power cut.
 
@@ -128,7 +144,7 @@ def commit_checkpoint(folder: RunFolder, capture: CheckpointCapture) -> Checkpoi
         atomic.write_bytes(metadata_file, atomic.dump_json(metadata.to_json()))
     except (OSError, ValueError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = _DISK_FULL if full else "Check that checkpoint_dir is a writable folder"
+        hint = _DISK_FULL if full else _UNUSABLE
         raise CheckpointSaveError(path, error, hint) from error
     return metadata
 

@@ -7,6 +7,7 @@ the parameters of MLproject are all made from, or tested against, `TrainingConfi
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ INHERIT = "inherit"
 """The flag value that stands for "not given": MLproject must pass every parameter, given or not."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_NOT_FINITE = re.compile(r"[+-]?\.?(inf|infinity|nan)", re.IGNORECASE)
 _SCHEDULE = re.compile(r"lin_(?P<start>(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
 _OWN_SETTINGS = frozenset({"env", "policy", "learning_rate", "seed", "device"})
 # What belongs to a machine or to one launch: a resumed run takes these anew, not from the checkpoint.
@@ -61,7 +63,18 @@ def _numbers_within(value: Any) -> Any:
         return {key: _numbers_within(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_numbers_within(item) for item in value]
+    if isinstance(value, str) and _NOT_FINITE.fullmatch(value):
+        return float(value.replace(".", ""))
     return _number(value)
+
+
+def _json(value: Any) -> Any:
+    """Turn a setting into plain JSON; infinities, which JSON lacks, into the texts that are read back as them."""
+    if isinstance(value, Mapping):
+        return {str(key): _json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 Integer = Annotated[int, BeforeValidator(_integer)]
@@ -120,9 +133,7 @@ class TrainingConfig(BaseModel):
     vec_env: Literal["dummy", "subproc"] = Field(
         "dummy", description="`dummy` steps environments in this process, `subproc` in one process each"
     )
-    normalize: bool | dict[str, Any] = Field(
-        False, description="VecNormalize: `true`, or a mapping of its arguments"
-    )
+    normalize: bool | dict[str, Any] = Field(False, description="VecNormalize: `true`, or a mapping of its arguments")
     frame_stack: Integer = Field(1, ge=1, description="Observations that are stacked (VecFrameStack); 1 stacks none")
     seed: Annotated[int | None, BeforeValidator(_integer)] = Field(
         None, ge=0, lt=2**32, description="Seed of everything random; unset draws one"
@@ -223,7 +234,7 @@ class TrainingConfig(BaseModel):
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as a record stores it: plain JSON, without credentials."""
-        document = self.model_dump(mode="json")
+        document: dict[str, Any] = _json(self.model_dump())
         document["agent_id"] = self.agent
         for key in ("tracking_uri", "mongo_uri"):
             if document[key]:
@@ -306,8 +317,8 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str
     Only settings that a resume inherits count: where a run writes to is not what it trains. A setting that
     `before` does not know (an older version wrote it) counts as unchanged.
     """
-    keys = [key for key in inheritable_fields() if key in before]
-    old, new = (dict(_flat({key: config.get(key) for key in keys})) for config in (before, after))
+    keys = [key for key in inheritable_fields() if key in before or isinstance(after.get(key), Mapping)]
+    old, new = (dict(_flat({key: config.get(key, {}) for key in keys})) for config in (before, after))
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return {key: {"from": old.get(key), "to": new.get(key)} for key in changed}
 

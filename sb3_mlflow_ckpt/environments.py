@@ -100,9 +100,7 @@ def _wrapper(item: str | Mapping[str, Mapping[str, Any]]) -> tuple[Any, dict[str
     return import_object(name, "env_wrappers"), dict(arguments)
 
 
-def _wrap(
-    wrappers: list[tuple[Any, dict[str, Any]]], env: gymnasium.Env[Any, Any]
-) -> gymnasium.Env[Any, Any]:
+def _wrap(wrappers: list[tuple[Any, dict[str, Any]]], env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
     for wrapper, arguments in wrappers:
         env = wrapper(env, **arguments)
     return env

@@ -116,14 +116,17 @@ class MirrorUnavailableError(ConnectionError):
         name: "MLflow" or "MongoDB".
         uri: Its address, with credentials removed.
         cause: The client's own error.
+        hint: What else can be done.
     """
 
-    def __init__(self, name: str, uri: str, cause: object) -> None:
-        self.name = name
-        reason = str(cause).strip().splitlines()[0][:300] if str(cause).strip() else type(cause).__name__
+    def __init__(self, name: str, uri: str, cause: object, hint: str = "") -> None:
+        self.name, self.uri, self.cause = name, uri, cause
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        # pymongo appends its timeouts and a dump of its topology.
+        reason = reason.partition(" (configured timeouts")[0].partition(", Timeout:")[0][:300].rstrip(" .")
         super().__init__(
-            f"{name} at {uri} does not answer: {reason}. Start it or correct the address; "
-            "--start-offline trains at once and sends the records when it is back"
+            f"{name} at {uri} does not answer: {reason}. Start it or correct the address"
+            + (f"; {hint}" if hint else "")
         )
 
 

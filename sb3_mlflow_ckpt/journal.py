@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sb3_mlflow_ckpt import atomic
-from sb3_mlflow_ckpt.errors import CheckpointCorruptError, CheckpointNotFoundError, RunFolderBusyError
+from sb3_mlflow_ckpt.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError, RunFolderBusyError
 from sb3_mlflow_ckpt.layout import RunFolder, metadata_episode
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, parse_metadata, timestamp_now
 
@@ -117,6 +117,11 @@ class CheckpointLedger:
             return None
         return episode
 
+    @property
+    def waiting(self) -> set[int]:
+        """The episodes that are on disk and were never mirrored."""
+        return set(self.saved) - set(self.uris) - self.pruned - self.retired
+
 
 class RunJournal:
     """The one writer of a run folder's record, curve and checkpoint ledger. Safe to call from any thread.
@@ -195,8 +200,7 @@ class RunJournal:
     def waiting_for_mirror(self) -> set[int]:
         """Return the episodes that are on disk and were never mirrored."""
         with self._lock:
-            ledger = self.ledger
-            return set(ledger.saved) - set(ledger.uris) - ledger.pruned - ledger.retired
+            return self.ledger.waiting
 
     def snapshot(self) -> CheckpointLedger:
         """Return a copy of the ledger as it stands; `ledger` itself goes on changing under other threads."""
@@ -233,7 +237,7 @@ class RunJournal:
             path = self.folder.metadata(episode)
             try:
                 self.add_saved(parse_metadata(path.read_bytes(), path))
-            except (OSError, CheckpointCorruptError) as error:
+            except (OSError, CheckpointError) as error:
                 logger.warning("A checkpoint is passed over: %s", error)
         for episode in sorted(set(self.ledger.saved) - on_disk - self.ledger.pruned):
             self.add_pruned(episode)

@@ -105,6 +105,4 @@ def parse_metadata(content: bytes | str, where: object) -> CheckpointMetadata:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise CheckpointCorruptError(
-            where, f"its metadata is not valid at {key!r}: {first['msg'].lower()}"
-        ) from error
+        raise CheckpointCorruptError(where, f"its metadata is not valid at {key!r}: {first['msg'].lower()}") from error

@@ -85,9 +85,7 @@ def _send(folder: RunFolder, journal: RunJournal, mirror: Mirror) -> SyncResult:
     return SyncResult(folder.path, mirror.name, None)
 
 
-def _mirrors(
-    record: Mapping[str, Any], tracking_uri: str | None, mongo_uri: str | None, mongo_db: str
-) -> list[Mirror]:
+def _mirrors(record: Mapping[str, Any], tracking_uri: str | None, mongo_uri: str | None, mongo_db: str) -> list[Mirror]:
     mirrors: list[Mirror] = []
     if tracking_uri is not None or "MLflow" in record.get("mirrors", ()):
         from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror
@@ -95,7 +93,9 @@ def _mirrors(
         known = (record.get("mlflow") or {}).get("tracking_uri")
         keep = (record.get("config") or {}).get("mlflow_keep_last_n_checkpoints", 0)
         # A credential was removed from what the record says: then MLflow's own setting has to know the server.
-        mirrors.append(MLflowMirror(tracking_uri or (known if known and "***" not in known else None), keep_last_n=keep))
+        mirrors.append(
+            MLflowMirror(tracking_uri or (known if known and "***" not in known else None), keep_last_n=keep)
+        )
     if mongo_uri is not None:
         from sb3_mlflow_ckpt.mirrors.mongo import MongoMirror
 

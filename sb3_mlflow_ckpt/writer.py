@@ -54,7 +54,7 @@ class BackgroundWriter:
         while (job := self._jobs.get()) is not None:
             try:
                 job()
-            except BaseException as error:  # noqa: BLE001 - it is handed to the training thread
+            except BaseException as error:
                 logger.debug("A job of the checkpoint writer failed", exc_info=error)
                 self._failures.put(error)
             finally:

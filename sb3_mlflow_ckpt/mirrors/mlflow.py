@@ -271,7 +271,7 @@ class MLflowMirror:
         for episode in removable:
             for path in (journal.folder.metadata(episode), journal.folder.model(episode)):
                 try:
-                    repository.delete_artifacts(f"{ARTIFACT_FOLDER}/{path.name}")
+                    repository.delete_artifacts(f"{ARTIFACT_FOLDER}/{path.name}")  # type: ignore[no-untyped-call]
                 except NotImplementedError:
                     logger.warning("This artifact store cannot delete: mlflow_keep_last_n_checkpoints keeps all")
                     self._retention = KeepLastN(0)

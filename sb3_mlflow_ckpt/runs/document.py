@@ -21,12 +21,16 @@ TERMINAL_STATUSES: tuple[str, ...] = ("completed", "failed", "interrupted")
 
 # A credential in any URI: everything between "//" and the last "@" before the path.
 _USERINFO = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s@]*(?:@[^/\s@]*)*@")
-_SECRET_QUERY = re.compile(r"(?i)([?&](?:password|passwd|token|secret|access_key|secret_key|sig|signature)=)[^&\s]*")
+# A password for a database is often written with its "/" unescaped.
+_DATABASE_USERINFO = re.compile(r"(?P<scheme>(?:mongodb|mysql|postgres)[a-z0-9+]*://)\S*@", re.IGNORECASE)
+_SECRET_QUERY = re.compile(r"(?i)([?&](?:\w*password|passwd|token|secret|access_key|secret_key|sig|signature)=)[^&\s]*")
 
 
 def redact(text: str) -> str:
     """Return a text with the credentials of every URI in it replaced by `***`."""
-    return _SECRET_QUERY.sub(r"\1***", _USERINFO.sub(r"\g<scheme>***@", text))
+    for pattern in (_DATABASE_USERINFO, _USERINFO):
+        text = pattern.sub(r"\g<scheme>***@", text)
+    return _SECRET_QUERY.sub(r"\1***", text)
 
 
 def redact_all(value: Any) -> Any:
@@ -75,7 +79,7 @@ def new_record(
         environment: `host`, `pid`, `command`, `git`, `versions`.
     """
     now = timestamp_now()
-    return redact_all(
+    record: dict[str, Any] = redact_all(
         {
             "run_id": run_id,
             "schema_version": SCHEMA_VERSION,
@@ -106,6 +110,7 @@ def new_record(
             **dict(environment),
         }
     )
+    return record
 
 
 def derived_status(record: Mapping[str, Any], now: datetime | None = None) -> str:
@@ -119,15 +124,14 @@ def derived_status(record: Mapping[str, Any], now: datetime | None = None) -> st
         return status
     try:
         heartbeat = datetime.fromisoformat(str(record.get("heartbeat_at")).replace("Z", "+00:00"))
-    except ValueError:
-        return status
-    age = ((now or datetime.now(timezone.utc)) - heartbeat).total_seconds()
-    return "lost" if age > max(120.0, 8 * float(record.get("heartbeat_seconds") or 0)) else status
+        age = ((now or datetime.now(timezone.utc)) - heartbeat).total_seconds()
+        interval = float(record.get("heartbeat_seconds") or 0)
+    except (ValueError, TypeError):
+        return status  # Somebody edited the record: what it says of its heart cannot be judged.
+    return "lost" if age > max(120.0, 8 * interval) else status
 
 
-def checkpoint_entry(
-    saved: Mapping[str, Any], *, path: str, uri: str | None, on_disk: bool
-) -> dict[str, Any]:
+def checkpoint_entry(saved: Mapping[str, Any], *, path: str, uri: str | None, on_disk: bool) -> dict[str, Any]:
     """Return one item of `checkpoint_paths`.
 
     Args:

@@ -121,7 +121,7 @@ def restore_model(
         setattr(model, name, deque(items, maxlen=model._stats_window_size))
     if hasattr(model, "weights"):
         # ARS perturbs this vector and not the policy, so the policy's parameters alone would be lost.
-        model.weights = th.as_tensor(model.policy.parameters_to_vector(), device=model.device)  # type: ignore[operator]
+        model.weights = th.as_tensor(model.policy.parameters_to_vector(), device=model.device)
     env = model.get_env()
     normalized = unwrap_vec_normalize(env) if env is not None else None
     if normalized is not None and capture.arrays:

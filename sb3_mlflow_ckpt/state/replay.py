@@ -6,7 +6,7 @@ overfits them, and HER's cannot be sampled before an episode has ended.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -20,9 +20,10 @@ class ReplayRefill:
     """
 
     def __init__(self, model: BaseAlgorithm) -> None:
-        self._model: Any = model
+        self._model = cast("Any", model)
         self._gradient_steps: int | None = None
-        if getattr(model, "replay_buffer", None) is not None and hasattr(model, "gradient_steps") and self._lacking():
+        off_policy = getattr(model, "replay_buffer", None) is not None and hasattr(self._model, "gradient_steps")
+        if off_policy and self._lacking():
             self._gradient_steps = self._model.gradient_steps
             self._model.gradient_steps = 0
 

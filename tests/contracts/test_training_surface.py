@@ -74,7 +74,7 @@ def test_mlproject_notes_the_type_and_the_real_default(setting) -> None:
     assert noted == f"{setting.metavar}, {'unset' if setting.default is None else setting.default}"
 
 
-@pytest.mark.parametrize("value", ["{n_steps: 128, y: \"it's\"}", "a b", "$HOME", "runs:/abc/x.zip", "'"])
+@pytest.mark.parametrize("value", ['{n_steps: 128, y: "it\'s"}', "a b", "$HOME", "runs:/abc/x.zip", "'"])
 def test_mlflow_hands_values_over_as_they_are(value: str) -> None:
     import shlex
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import signal
@@ -121,7 +122,10 @@ def test_random_kills_and_auto_reach_the_target(tmp_path: Path, algo: str) -> No
     assert len({record["root_run_id"] for record in records}) == 1
     assert records[0]["progress"]["num_timesteps"] >= 6000
     # The chain is whole: each run names the checkpoint of the one before, and goes on from its numbers.
-    for child, parent in zip(records, records[1:], strict=False):
+    for child, parent in itertools.pairwise(records):
         assert child["parent"]["run_id"] == parent["run_id"]
         path = Path(child["parent"]["checkpoint"])
-        assert json.loads(path.with_name(f"{path.stem}_metadata.json").read_text())["episode"] == child["parent"]["episode"]
+        assert (
+            json.loads(path.with_name(f"{path.stem}_metadata.json").read_text())["episode"]
+            == child["parent"]["episode"]
+        )

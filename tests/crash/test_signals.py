@@ -48,7 +48,7 @@ def test_a_signal_saves_records_and_exits_with_128_plus_its_number(
     target = metadata.num_timesteps + 128
     done = trainer("--resume-from-checkpoint", "auto", "--total-timesteps", target, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"at episode {metadata.episode}, {metadata.num_timesteps} of {target} timesteps" in done.stderr
+    assert f"at episode {metadata.episode}, {metadata.num_timesteps} of {target} timesteps" in done.stdout
 
 
 def test_ctrl_c_with_environments_in_processes_still_saves(tmp_path: Path) -> None:

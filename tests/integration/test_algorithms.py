@@ -58,7 +58,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "learning_rate": "lin_3e-4",
         "hyperparameters": {"n_steps": 64, "use_sde": True, "clip_range": "lin_0.2"},
     },
-    "ars with a network": {"algo": "ars", "policy": "MlpPolicy", "hyperparameters": {"n_delta": 2, "zero_policy": False}},
+    "ars with a network": {
+        "algo": "ars",
+        "policy": "MlpPolicy",
+        "hyperparameters": {"n_delta": 2, "zero_policy": False},
+    },
     "a class of one's own": {"algo": "toy_algorithms:MyPPO", **_ON_POLICY},
     "subprocesses": {"algo": "ppo", **_ON_POLICY, "n_envs": 2, "vec_env": "subproc"},
     "policy_kwargs by name": {
@@ -286,7 +290,10 @@ def test_another_algorithm_or_space_is_refused_with_both_sides_named(tmp_path: P
         ({"env_kwargs": {"gravity": 1}}, "env_kwargs: 'CartPole-v1' refuses {'gravity': 1}"),
         ({"env_wrappers": ["Flat"]}, "env_wrappers: 'Flat' is not a wrapper. Write it as module:Wrapper"),
         ({"policy": "MlpPolice"}, "policy: 'MlpPolice' is no policy of PPO. Did you mean 'MlpPolicy'?"),
-        ({"hyperparameters": {"n_step": 3}}, r"hyperparameters\.n_step: PPO takes no such argument. Did you mean 'n_steps'?"),
+        (
+            {"hyperparameters": {"n_step": 3}},
+            r"hyperparameters\.n_step: PPO takes no such argument. Did you mean 'n_steps'?",
+        ),
         ({"hyperparameters": {"batch_size": 0}}, "hyperparameters: PPO refuses the configuration: "),
         ({"hyperparameters": {"clip_range": "fast"}}, r"hyperparameters\.clip_range: 'fast' is not a schedule"),
         ({"normalize": {"gama": 1}}, "normalize: VecNormalize refuses"),

@@ -154,10 +154,14 @@ def test_statistics_of_vec_normalize_travel_inside_the_zip(tmp_path: Path) -> No
 
 def test_statistics_of_dictionary_observations_come_back_too(tmp_path: Path) -> None:
     env = VecNormalize(make_vec_env(ReachGoal))
-    PPO("MultiInputPolicy", env, n_steps=16, batch_size=16).learn(32, callback=EpisodeCheckpointCallback(0, 3, tmp_path))
+    PPO("MultiInputPolicy", env, n_steps=16, batch_size=16).learn(
+        32, callback=EpisodeCheckpointCallback(0, 3, tmp_path)
+    )
     fresh = VecNormalize(make_vec_env(ReachGoal))
     load_checkpoint(list_checkpoints(tmp_path)[0], env=fresh)
-    assert {k: v.mean.tolist() for k, v in fresh.obs_rms.items()} == {k: v.mean.tolist() for k, v in env.obs_rms.items()}
+    assert {k: v.mean.tolist() for k, v in fresh.obs_rms.items()} == {
+        k: v.mean.tolist() for k, v in env.obs_rms.items()
+    }
 
 
 def test_an_off_policy_model_refills_its_buffer_before_it_updates(tmp_path: Path) -> None:
@@ -224,7 +228,9 @@ def test_a_zip_that_was_copied_without_its_metadata_still_loads(tmp_path: Path) 
 def test_a_missing_checkpoint_says_what_is_there(tmp_path: Path) -> None:
     _ppo().learn(32, callback=EpisodeCheckpointCallback(0, 3, tmp_path))
     [path] = list_checkpoints(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"^Checkpoint not found: .*ep000999\.zip.*The folder holds ep000006\.zip"):
+    with pytest.raises(
+        FileNotFoundError, match=r"^Checkpoint not found: .*ep000999\.zip.*The folder holds ep000006\.zip"
+    ):
         load_checkpoint(path.with_name("ep000999.zip"))
     with pytest.raises(CheckpointNotFoundError, match="There is no folder"):
         load_checkpoint(tmp_path / "nowhere" / "ep000001.zip")
@@ -232,5 +238,5 @@ def test_a_missing_checkpoint_says_what_is_there(tmp_path: Path) -> None:
 
 def test_another_environment_is_refused_with_both_sides_named(tmp_path: Path) -> None:
     _ppo().learn(32, callback=EpisodeCheckpointCallback(0, 3, tmp_path))
-    with pytest.raises(RuntimeError, match="Failed to load model from checkpoint .*Observation spaces do not match"):
+    with pytest.raises(RuntimeError, match=r"Failed to load model from checkpoint .*Observation spaces do not match"):
         load_checkpoint(list_checkpoints(tmp_path)[0], env=make_vec_env(FixedLength, env_kwargs={"width": 4}))

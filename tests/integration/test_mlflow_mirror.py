@@ -188,11 +188,15 @@ def test_an_outage_is_raised_and_made_good_afterwards(tmp_path: Path, mlflow_ser
 
 def test_a_server_that_does_not_answer_at_start_is_a_clear_error(silent_server: SilentServer) -> None:
     for port in (silent_server.port, 9):
-        with pytest.raises(MirrorUnavailableError, match=rf"MLflow at http://\*\*\*@127\.0\.0\.1:{port} does not answer"):
+        with pytest.raises(
+            MirrorUnavailableError, match=rf"MLflow at http://\*\*\*@127\.0\.0\.1:{port} does not answer"
+        ):
             MLflowMirror(f"http://user:secret@127.0.0.1:{port}").open({"name": None})
 
 
-def test_a_run_that_started_offline_is_made_when_the_server_is_back(tmp_path: Path, mlflow_server: MlflowServer) -> None:
+def test_a_run_that_started_offline_is_made_when_the_server_is_back(
+    tmp_path: Path, mlflow_server: MlflowServer
+) -> None:
     mlflow_server.stop()
     mirror = MLflowMirror(mlflow_server.uri)
     journal = start_run(tmp_path, "run")
@@ -215,7 +219,7 @@ def test_a_checkpoint_that_mlflow_lacks_says_what_it_has(tmp_path: Path, trackin
 
     with pytest.raises(CheckpointNotFoundError, match=r"ep000100\.zip\. The run holds checkpoints/ep000050\.zip"):
         resolve(f"runs:/{mirror.run_id}/checkpoints/ep000100.zip")
-    with pytest.raises(CheckpointNotFoundError, match="has no run 'f{32}'"):
+    with pytest.raises(CheckpointNotFoundError, match=r"has no run 'f{32}'"):
         resolve(f"runs:/{'f' * 32}")
     with pytest.raises(CheckpointNotFoundError):
         resolve(f"runs:/{mirror.run_id}/../../etc/passwd")

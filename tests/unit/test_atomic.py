@@ -28,7 +28,7 @@ def test_a_torn_last_line_is_passed_over_and_spoils_no_other(tmp_path: Path) -> 
 def test_reading_goes_on_from_an_offset(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     atomic.append_line(path, {"n": 1})
-    rows, offset = atomic.read_lines(path)
+    _, offset = atomic.read_lines(path)
     atomic.append_line(path, {"n": 2})
     assert atomic.read_lines(path, offset)[0] == [{"n": 2}]
     assert atomic.read_lines(tmp_path / "missing") == ([], 0)

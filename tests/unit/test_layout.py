@@ -18,7 +18,8 @@ from sb3_mlflow_ckpt.layout import (
 
 
 @pytest.mark.parametrize(
-    "bad", ["", ".", "..", "../x", "a/b", "a\\b", "/etc", "a\0b", "a\nb", "-rf", " a", "a ", "a.", "CON", "nul.txt", "a:b"]
+    "bad",
+    ["", ".", "..", "../x", "a/b", "a\\b", "/etc", "a\0b", "a\nb", "-rf", " a", "a ", "a.", "CON", "nul.txt", "a:b"],
 )
 def test_an_id_that_could_leave_its_folder_is_refused(bad: str) -> None:
     with pytest.raises(InvalidIdError):
@@ -32,7 +33,9 @@ def test_an_id_longer_than_a_file_name_is_refused() -> None:
         check_id("ü" * 101, "run_id")
 
 
-@pytest.mark.parametrize("good", ["ppo_agent", "run123", "550e8400-e29b-41d4-a716-446655440000", "a b", "größe", "v1.2"])
+@pytest.mark.parametrize(
+    "good", ["ppo_agent", "run123", "550e8400-e29b-41d4-a716-446655440000", "a b", "größe", "v1.2"]
+)
 def test_an_ordinary_id_is_taken_as_it_is(good: str) -> None:
     assert check_id(good, "run_id") == good
 
@@ -57,7 +60,9 @@ def test_episodes_widen_beyond_six_digits(episode: int, name: str) -> None:
     assert model_path(folder.metadata(episode)) == folder.model(episode)
 
 
-@pytest.mark.parametrize("name", ["ep50.zip", "xep000050.zip", "ep000050.zip.part", ".tmp-1-ab-ep000050.zip", "ep00005a.zip"])
+@pytest.mark.parametrize(
+    "name", ["ep50.zip", "xep000050.zip", "ep000050.zip.part", ".tmp-1-ab-ep000050.zip", "ep00005a.zip"]
+)
 def test_other_names_are_no_checkpoints(name: str) -> None:
     assert model_episode(name) is None
 
