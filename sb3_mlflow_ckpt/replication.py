@@ -47,6 +47,10 @@ class Mirror(Protocol):
         """Send everything that the journal has and the mirror has not. Idempotent; raises on an outage."""
         ...
 
+    def close(self) -> None:
+        """Release connections; a later use opens others."""
+        ...
+
 
 class Replicator:
     """Runs one mirror in a daemon thread: wakes on every change of the journal, retries with a growing pause.
@@ -82,6 +86,8 @@ class Replicator:
         self._closing.set()
         self._changed.set()
         self._thread.join(timeout)
+        if self._done.is_set():
+            self.mirror.close()
         return self._done.is_set()
 
     def _run(self) -> None:

@@ -82,6 +82,8 @@ def _send(folder: RunFolder, journal: RunJournal, mirror: Mirror) -> SyncResult:
         # Each client raises errors of its own; one run's failure must not keep the others from being sent.
         reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0]
         return SyncResult(folder.path, mirror.name, reason[:300])
+    finally:
+        mirror.close()
     return SyncResult(folder.path, mirror.name, None)
 
 

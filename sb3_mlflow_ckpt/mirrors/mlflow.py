@@ -140,6 +140,9 @@ class MLflowMirror:
         self._prune(run, journal)
         self._send_status(client, run, record)
 
+    def close(self) -> None:
+        """Release nothing: MLflow's client keeps no connection."""
+
     def _existing_run(self) -> tuple[str | None, bool]:
         import mlflow
 

@@ -76,7 +76,15 @@ def test_a_new_record_is_strict_json_without_credentials() -> None:
 
 
 @pytest.mark.parametrize(
-    "uri", ["mongodb://u:secret@h/db", "mongodb://u:sec@ret@h/db", "http://secret@h", "postgresql+x://u:secret@h,i/d"]
+    "uri",
+    [
+        "mongodb://u:secret/x@h/db",
+        "mongodb+srv://u:secret@h/?a=b",
+        "mongodb://u:secret@h/db",
+        "mongodb://u:sec@ret@h/db",
+        "http://secret@h",
+        "postgresql+x://u:secret@h,i/d",
+    ],
 )
 def test_redaction_removes_the_credentials_of_any_uri_in_a_text(uri: str) -> None:
     text = redact(f"connecting to {uri} failed")
