@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from sb3_mlflow_ckpt.settings import Setting, settings
+from sb3_mlflow_ckpt.cli.settings import Setting, settings
 
 REFERENCE = Path(__file__).with_name("training.md")
 

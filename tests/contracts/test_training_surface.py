@@ -8,10 +8,9 @@ import click
 import pytest
 import yaml
 
-from sb3_mlflow_ckpt import options
-from sb3_mlflow_ckpt.cli import main, train_command
+from sb3_mlflow_ckpt.cli import main, options, train_command
+from sb3_mlflow_ckpt.cli.settings import settings
 from sb3_mlflow_ckpt.config import INHERIT, TrainingConfig
-from sb3_mlflow_ckpt.settings import settings
 
 ROOT = Path(__file__).parents[2]
 # `mlflow run` itself decides these.

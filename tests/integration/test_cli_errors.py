@@ -15,7 +15,7 @@ from stable_baselines3 import PPO
 
 from sb3_mlflow_ckpt import checkpoints, trainer
 from sb3_mlflow_ckpt.cli import main
-from sb3_mlflow_ckpt.commands import builtin_name
+from sb3_mlflow_ckpt.cli.commands import builtin_name
 from sb3_mlflow_ckpt.config import TrainingConfig
 from sb3_mlflow_ckpt.errors import (
     CheckpointCorruptError,
@@ -62,7 +62,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Configurations that the trainer was given; nothing is trained."""
     given: list[Any] = []
     monkeypatch.setattr(trainer, "train", lambda config, *, reporter: given.append(config) or result())
-    monkeypatch.setattr("sb3_mlflow_ckpt.progress.configure_logging", lambda console: None)
+    monkeypatch.setattr("sb3_mlflow_ckpt.cli.progress.configure_logging", lambda console: None)
     return given
 
 
@@ -76,7 +76,7 @@ def raise_in_training(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> 
         raise error
 
     monkeypatch.setattr(trainer, "train", train)
-    monkeypatch.setattr("sb3_mlflow_ckpt.progress.configure_logging", lambda console: None)
+    monkeypatch.setattr("sb3_mlflow_ckpt.cli.progress.configure_logging", lambda console: None)
 
 
 @pytest.fixture

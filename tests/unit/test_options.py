@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sb3_mlflow_ckpt.cli import train_command
+from sb3_mlflow_ckpt.cli.settings import environment_layer, file_layer, flag_layer, settings
 from sb3_mlflow_ckpt.config import Layer, TrainingConfig, build_config
 from sb3_mlflow_ckpt.errors import ConfigError
-from sb3_mlflow_ckpt.settings import environment_layer, file_layer, flag_layer, settings
 
 
 def flags_given(words: list[str]) -> dict[str, Any]:

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sb3_mlflow_ckpt.commands import FAILURE_EXIT_CODE, Command, Group
-from sb3_mlflow_ckpt.errors import CheckpointNotFoundError
-from sb3_mlflow_ckpt.options import (
+from sb3_mlflow_ckpt.cli.commands import FAILURE_EXIT_CODE, Command, Group
+from sb3_mlflow_ckpt.cli.options import (
     agent_id_option,
     checkpoint_dir_option,
     json_option,
     mongo_db_option,
     mongo_uri_option,
-    options,
     run_id_option,
     tracking_uri_option,
     training_options,
+    with_options,
 )
+from sb3_mlflow_ckpt.errors import CheckpointNotFoundError
 
 if TYPE_CHECKING:
     from sb3_mlflow_ckpt.config import TrainingConfig
@@ -42,8 +42,8 @@ def train_command(config_file: str | None, dry_run: bool, **flags: str | tuple[s
     (SB3_MLFLOW_CKPT_N_ENVS and so on), the checkpoint that is resumed, its default. The value "inherit" of a flag
     stands for "not given".
     """
+    from sb3_mlflow_ckpt.cli.settings import environment_layer, file_layer, flag_layer
     from sb3_mlflow_ckpt.config import INHERIT, build_config
-    from sb3_mlflow_ckpt.settings import environment_layer, file_layer, flag_layer
 
     layers = [flag_layer(flags)]
     if config_file is not None and config_file != INHERIT:
@@ -62,8 +62,8 @@ def train_command(config_file: str | None, dry_run: bool, **flags: str | tuple[s
 def _train(config: TrainingConfig) -> None:
     from rich.console import Console
 
+    from sb3_mlflow_ckpt.cli.progress import TerminalReporter, configure_logging
     from sb3_mlflow_ckpt.errors import TrainingInterrupted
-    from sb3_mlflow_ckpt.progress import TerminalReporter, configure_logging
     from sb3_mlflow_ckpt.trainer import train
 
     console = Console()
@@ -100,14 +100,14 @@ def checkpoints_group() -> None:
 
 
 @checkpoints_group.command("list")
-@options(checkpoint_dir_option, agent_id_option, run_id_option, json_option)
+@with_options(checkpoint_dir_option, agent_id_option, run_id_option, json_option)
 def list_command(checkpoint_dir: str, agent_id: str | None, run_id: str | None, as_json: bool) -> None:
     """Print the committed checkpoints, one path a line, by episode within a run."""
     from sb3_mlflow_ckpt.checkpoints import list_checkpoints
 
     paths = list_checkpoints(checkpoint_dir, run_id=run_id, agent_id=agent_id)
     if as_json:
-        from sb3_mlflow_ckpt.reports import checkpoint_facts
+        from sb3_mlflow_ckpt.cli.reports import checkpoint_facts
 
         _print_json([checkpoint_facts(path) for path in paths])
         return
@@ -120,7 +120,7 @@ def list_command(checkpoint_dir: str, agent_id: str | None, run_id: str | None, 
 
 @checkpoints_group.command("verify")
 @click.argument("paths", nargs=-1, metavar="[PATH]...")
-@options(checkpoint_dir_option, agent_id_option, run_id_option, json_option)
+@with_options(checkpoint_dir_option, agent_id_option, run_id_option, json_option)
 @click.pass_context
 def verify_command(
     ctx: click.Context,
@@ -135,7 +135,7 @@ def verify_command(
     Exits with 1 if one is not whole.
     """
     from sb3_mlflow_ckpt.checkpoints import list_checkpoints
-    from sb3_mlflow_ckpt.reports import checkpoints_at, verdict
+    from sb3_mlflow_ckpt.cli.reports import checkpoints_at, verdict
 
     if paths:
         found = [checkpoint for path in paths for checkpoint in checkpoints_at(Path(path))]
@@ -161,7 +161,7 @@ def verify_command(
     help="How many to keep of each run; 0 keeps all",
 )
 @click.option("--dry-run", is_flag=True, help="Print what would go and remove nothing")
-@options(checkpoint_dir_option, agent_id_option, run_id_option, json_option)
+@with_options(checkpoint_dir_option, agent_id_option, run_id_option, json_option)
 def prune_command(
     keep_last_n: int, dry_run: bool, checkpoint_dir: str, agent_id: str | None, run_id: str | None, as_json: bool
 ) -> None:
@@ -179,7 +179,9 @@ def prune_command(
 
 
 @checkpoints_group.command("sync")
-@options(checkpoint_dir_option, agent_id_option, run_id_option, tracking_uri_option, mongo_uri_option, mongo_db_option)
+@with_options(
+    checkpoint_dir_option, agent_id_option, run_id_option, tracking_uri_option, mongo_uri_option, mongo_db_option
+)
 @click.pass_context
 def sync_command(
     ctx: click.Context,
@@ -221,7 +223,7 @@ def runs_group() -> None:
     help="Only runs of this status; lost is one whose heartbeat is stale",
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="INTEGER", help="At most this many")
-@options(checkpoint_dir_option, agent_id_option, mongo_uri_option, mongo_db_option, json_option)
+@with_options(checkpoint_dir_option, agent_id_option, mongo_uri_option, mongo_db_option, json_option)
 def runs_list_command(
     status: str | None,
     limit: int | None,
@@ -236,21 +238,21 @@ def runs_list_command(
     if as_json:
         _print_json(runs)
         return
-    from sb3_mlflow_ckpt.tables import print_runs
+    from sb3_mlflow_ckpt.cli.tables import print_runs
 
     print_runs(runs)
 
 
 @runs_group.command("show")
 @click.argument("run_id")
-@options(checkpoint_dir_option, mongo_uri_option, mongo_db_option, json_option)
+@with_options(checkpoint_dir_option, mongo_uri_option, mongo_db_option, json_option)
 def runs_show_command(run_id: str, checkpoint_dir: str, mongo_uri: str | None, mongo_db: str, as_json: bool) -> None:
     """Print one run with its checkpoints."""
     run = _reader(checkpoint_dir, mongo_uri, mongo_db).get(run_id)
     if as_json:
         _print_json(run)
         return
-    from sb3_mlflow_ckpt.tables import print_run
+    from sb3_mlflow_ckpt.cli.tables import print_run
 
     print_run(run)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from sb3_mlflow_ckpt.settings import Setting
+    from sb3_mlflow_ckpt.cli.settings import Setting
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -42,7 +42,7 @@ mongo_db_option = click.option(
 )
 
 
-def options(*decorators: Callable[[_F], _F]) -> Callable[[_F], _F]:
+def with_options(*decorators: Callable[[_F], _F]) -> Callable[[_F], _F]:
     """Return one decorator that applies several options, listed in the help in the order given."""
 
     def decorate(function: _F) -> _F:
@@ -58,7 +58,7 @@ def training_options() -> list[click.Parameter]:
 
     Values are taken as texts, so that one authority, `config.build_config`, checks them and names the flag.
     """
-    from sb3_mlflow_ckpt.settings import settings
+    from sb3_mlflow_ckpt.cli.settings import settings
 
     return [
         click.Option(
