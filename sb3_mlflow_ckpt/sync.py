@@ -22,7 +22,7 @@ class SyncResult:
 
     Attributes:
         folder: The run folder.
-        mirror: The mirror's name; empty where the folder itself could not be read.
+        mirror: The mirror's name; "no mirror" where the run has none, empty where the folder could not be read.
         error: Why it did not succeed, or None.
     """
 
@@ -69,7 +69,10 @@ def sync_runs(
             results.append(SyncResult(folder.path, "", str(error)))
             continue
         try:
-            results += [_send(folder, journal, m) for m in _mirrors(journal.record, tracking_uri, mongo_uri, mongo_db)]
+            mirrors = _mirrors(journal.record, tracking_uri, mongo_uri, mongo_db)
+            results += [_send(folder, journal, mirror) for mirror in mirrors]
+            if not mirrors:
+                results.append(SyncResult(folder.path, "no mirror", None))
         finally:
             journal.close()
     return results

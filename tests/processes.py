@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 TESTS = Path(__file__).parent
@@ -54,3 +55,41 @@ def wait_for(condition: Callable[[], object], what: str, process: subprocess.Pop
         if time.monotonic() > deadline:
             raise AssertionError(f"{what} did not happen within {DEADLINE} s")
         time.sleep(0.05)
+
+
+class Leash:
+    """Holds a training: its environment takes no more steps than a test allowed."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        self._file = folder / "leash"
+        self.allow(steps)
+
+    @property
+    def wrapper(self) -> str:
+        """The value of `env_wrappers`."""
+        return f'{{"processes:leashed": {{leash: "{self._file}"}}}}'
+
+    def allow(self, steps: int) -> None:
+        """Let it take so many steps in all."""
+        fresh = self._file.with_suffix(".new")
+        fresh.write_text(str(steps))
+        os.replace(fresh, self._file)
+
+    def release(self) -> None:
+        """Let it take all its steps."""
+        self.allow(sys.maxsize)
+
+
+def leashed(env: Any, leash: str) -> Any:
+    """Return an environment, made to wait before each step that the file `leash` does not allow yet."""
+    take_step, taken = env.step, 0
+
+    def step(action: Any) -> Any:
+        nonlocal taken
+        while int(Path(leash).read_text()) <= taken:
+            time.sleep(0.01)
+        taken += 1
+        return take_step(action)
+
+    env.step = step
+    return env
