@@ -39,7 +39,8 @@ class MlflowServer:
                     *("--workers", "1", "--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db"),
                     *("--artifacts-destination", str(self._folder / "artifacts")),
                 ],
-                env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env=environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"),  # half a dozen processes that no test uses
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:
