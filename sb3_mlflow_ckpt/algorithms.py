@@ -33,6 +33,8 @@ ALGORITHMS: Mapping[str, str] = {
 }
 """Every algorithm of SB3 and sb3-contrib. HER is `hyperparameters: {replay_buffer_class: HerReplayBuffer}`."""
 
+_NOT_DESCRIBED = frozenset({"policy", "env", "device", "verbose", "tensorboard_log", "_init_setup_model"})
+_NORMALIZE = ("norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon")
 _OBJECT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _SCHEDULED = ("learning_rate", "clip_range", "clip_range_vf", "delta_std")
 # Where a short name such as `Tanh` or `HerReplayBuffer` is looked up, by the argument that it is given for.
@@ -98,22 +100,56 @@ def default_learning_rate(model_class: type[BaseAlgorithm]) -> float | None:
 def describe_model(model: BaseAlgorithm, *, total_timesteps: int | None = None) -> dict[str, Any]:
     """Return the training configuration that can be read off a model that somebody else built.
 
-    SB3 keeps its constructor's arguments as attributes of the same names; those that are plain values count.
+    SB3 keeps its constructor's arguments as attributes of the same names. What is no plain value, class or linear
+    schedule to 0 is named under `undescribed`: a resume cannot know it.
     """
-    hyperparameters = {}
+    hyperparameters, undescribed = {}, []
     for name in inspect.signature(type(model)).parameters:
-        value = getattr(model, name, None)
-        if isinstance(value, (bool, int, float, str)) and name not in ("policy", "env", "device", "verbose"):
-            hyperparameters[name] = value
-    return {
+        if name in _NOT_DESCRIBED or not hasattr(model, name):
+            continue
+        try:
+            hyperparameters[name] = _describe(getattr(model, name))
+        except ValueError:
+            undescribed.append(name)
+    env = model.get_env()
+    normalized = model.get_vec_normalize_env()
+    # Not asked of environments in other processes: what cannot be pickled there breaks their pipe.
+    spec = getattr(getattr(env.unwrapped, "envs", [None])[0], "spec", None) if env is not None else None
+    described = {
         "algo": algorithm_name(type(model)),
         "total_timesteps": total_timesteps,
         "learning_rate": hyperparameters.pop("learning_rate", None),
         "policy": f"{type(model.policy).__module__}:{type(model.policy).__qualname__}",
+        "env_id": spec.id if spec is not None else None,
         "n_envs": model.n_envs,
+        "normalize": {name: getattr(normalized, name) for name in _NORMALIZE} if normalized is not None else False,
         "seed": hyperparameters.pop("seed", None),
-        "hyperparameters": hyperparameters,
+        "hyperparameters": {name: value for name, value in hyperparameters.items() if value is not None},
     }
+    return {**described, "undescribed": undescribed} if undescribed else described
+
+
+def _describe(value: Any) -> Any:
+    """Return a constructor's argument as a configuration writes it; ValueError where it cannot."""
+    from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
+
+    if isinstance(value, FloatSchedule):
+        value = value.value_schedule
+    if isinstance(value, ConstantSchedule):
+        return value.val
+    if isinstance(value, LinearSchedule) and value.end == 0 and value.end_fraction == 1:
+        return f"lin_{value.start}"
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):  # TrainFreq
+        return [getattr(item, "value", item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _describe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_describe(item) for item in value]
+    if isinstance(value, type):
+        return f"{value.__module__}:{value.__qualname__}"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ValueError(f"{value!r} has no plain form")
 
 
 def default_policy(model_class: type[BaseAlgorithm], env: VecEnv) -> str:

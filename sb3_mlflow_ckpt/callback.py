@@ -13,7 +13,7 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mlflow_ckpt.algorithms import algorithm_name, describe_model
-from sb3_mlflow_ckpt.checkpoints import origin
+from sb3_mlflow_ckpt.checkpoints import note_origin, origin
 from sb3_mlflow_ckpt.commit import capture_checkpoint, prepare_folder
 from sb3_mlflow_ckpt.curve import CurveSampler
 from sb3_mlflow_ckpt.errors import CheckpointSaveError, MirrorUnavailableError, TrainingInterrupted
@@ -24,7 +24,7 @@ from sb3_mlflow_ckpt.metadata import ParentReference
 from sb3_mlflow_ckpt.policies import EveryNEpisodes, KeepLastN, MirrorBacklog
 from sb3_mlflow_ckpt.provenance import environment
 from sb3_mlflow_ckpt.replication import Mirror
-from sb3_mlflow_ckpt.runs.document import new_record
+from sb3_mlflow_ckpt.runs.document import new_record, plain
 from sb3_mlflow_ckpt.state.model import all_finite
 from sb3_mlflow_ckpt.state.replay import ReplayRefill
 
@@ -90,11 +90,13 @@ class EpisodeCheckpointCallback(BaseCallback):
                 check_id(value, what)
         self.episode = 0
         self.run_id = run_id
+        self._given_run_id = run_id
         self.agent_id = agent_id
         self.run_name = run_name
         self.behind: list[str] = []
         self._checkpoint_dir = Path(checkpoint_dir)
-        self._config = config
+        self._given_config = config
+        self._config: dict[str, Any] = {}
         self._overrides = dict(overrides or {})
         self._mirrors = tuple(mirrors)
         self._start_offline = start_offline
@@ -155,8 +157,10 @@ class EpisodeCheckpointCallback(BaseCallback):
         live = self._live
         if live is None:
             return
-        interrupted = self._signals.received is not None or isinstance(error, (KeyboardInterrupt, TrainingInterrupted))
-        if not isinstance(error, (CheckpointSaveError, TrainingInterrupted)):
+        unsaved = isinstance(error, CheckpointSaveError)
+        signalled = self._signals.received is not None or isinstance(error, (KeyboardInterrupt, TrainingInterrupted))
+        interrupted = signalled and not unsaved
+        if not unsaved:
             try:
                 if all_finite(self.model):
                     self._save(self.episode, "signal" if interrupted else "exception")
@@ -165,26 +169,31 @@ class EpisodeCheckpointCallback(BaseCallback):
                     logger.error("No checkpoint of the failure: the policy holds values that are no numbers")
             except Exception:
                 logger.exception("The state at the failure could not be saved")
+        for failure in live.failures():
+            if failure is not error:
+                logger.error("%s", failure)
         self._finish("interrupted" if interrupted else "failed", None if interrupted else error)
 
     def _on_training_start(self) -> None:
-        # After learn(reset_num_timesteps=True) a loaded model starts a training of its own.
-        came_from = origin(self.model) if self.model.num_timesteps > 0 else None
-        if came_from is not None:
-            self._refill = ReplayRefill(self.model)
-            if self._parent is None:
-                self._parent, self.episode = came_from.reference, came_from.metadata.episode
-                self._root_run_id = came_from.metadata.root_run_id or came_from.metadata.run_id
+        if self._live is not None:
+            # In a notebook an error that left learn() ends neither the process nor a `with` block.
+            self.abort(RuntimeError("An earlier learn() of this callback ended with an error"))
+        fresh = self._begin()
         self.agent_id = self.agent_id or f"{algorithm_name(type(self.model)).rpartition(':')[2].lower()}_agent"
         # Before anything is made elsewhere: no run must be left behind in MLflow for a disk that refuses.
         prepare_folder(self._checkpoint_dir)
         record = self._new_record()
-        self.run_id = self._open_mirrors(record)
-        self._root_run_id = self._root_run_id or self.run_id
-        record |= {"run_id": self.run_id, "root_run_id": self._root_run_id}
-        self._live = LiveRun(
-            RunFolder(self._checkpoint_dir, self.agent_id, self.run_id), record, self._mirrors, self._options
-        )
+        try:
+            self.run_id = self._open_mirrors(record)
+            self._root_run_id = self._root_run_id or self.run_id
+            record |= {"run_id": self.run_id, "root_run_id": self._root_run_id}
+            folder = RunFolder(self._checkpoint_dir, self.agent_id, self.run_id)
+            self._live = LiveRun(folder, record, self._mirrors, self._options, fresh=fresh)
+        except BaseException:
+            # No run may be left behind in MLflow that never trains.
+            for mirror in self._mirrors:
+                mirror.cancel()
+            raise
         self.logger.output_formats.append(self._curve)
         self._curve.start(self.num_timesteps)
         self._signals.install()
@@ -210,14 +219,37 @@ class EpisodeCheckpointCallback(BaseCallback):
 
     def _on_training_end(self) -> None:
         live = self._running()
-        if self._saved_state != self._state():
-            self._save(self.episode, "end")
-        live.flush()
-        failure = live.failure()
-        if failure is not None and self._on_save_failure == "stop":
-            self._finish("failed", failure)
-            raise failure
-        self._finish("completed")
+        try:
+            live.flush()
+            self._check_writer(live)
+            if self._saved_state != self._state():
+                self._save(self.episode, "end")
+                live.flush()
+                self._check_writer(live)
+        except CheckpointSaveError as error:
+            self._finish("failed", error)
+            raise
+        signum, checkpoint = self._signals.received, live.latest
+        reached = self.model.num_timesteps >= self.model._total_timesteps
+        self._finish("completed" if signum is None or reached else "interrupted")
+        if signum is not None:
+            # It came during the last update. Whoever calls learn() in a loop must stop all the same.
+            raise TrainingInterrupted(signum, checkpoint)
+
+    def _begin(self) -> bool:
+        """Take up where the model stands; return whether its training begins at its beginning."""
+        if self.model.num_timesteps == 0:
+            # A model of its own, be it the first or a further one in a loop over seeds.
+            self.episode, self.run_id = 0, self._given_run_id
+            self._parent = self._root_run_id = self._saved_state = self._refill = None
+            return True
+        came_from = origin(self.model)
+        if self._root_run_id is None and came_from is not None:
+            self._parent, self.episode = came_from.reference, came_from.metadata.finished_episodes
+            self._root_run_id = came_from.metadata.root_run_id or came_from.metadata.run_id
+        if came_from is not None:
+            self._refill = ReplayRefill(self.model)
+        return False
 
     def _running(self) -> LiveRun:
         if self._live is None:
@@ -250,6 +282,7 @@ class EpisodeCheckpointCallback(BaseCallback):
             agent_id=self.agent_id,
             run_id=self.run_id,
             episode=episode,
+            finished_episodes=self.episode,
             config=self._config,
             trigger=trigger,
             parent=self._parent,
@@ -260,19 +293,18 @@ class EpisodeCheckpointCallback(BaseCallback):
         self._saved_state = self._state()
 
     def _check_writer(self, live: LiveRun) -> None:
-        failure = live.failure()
-        if failure is None:
-            return
-        if self._on_save_failure == "stop":
-            raise failure
-        logger.error("%s; training goes on (on_save_failure: continue)", failure)
+        for failure in live.failures():
+            if self._on_save_failure == "stop":
+                raise failure
+            self._saved_state = None
+            logger.error("%s; training goes on (on_save_failure: continue)", failure)
 
     def _stop_for_signal(self, live: LiveRun, signum: int) -> None:
         if self._saved_state != self._state():
             self._save(self.episode, "signal")
         live.flush()
-        checkpoint = live.latest
         self._check_writer(live)
+        checkpoint = live.latest
         self._finish("interrupted")
         raise TrainingInterrupted(signum, checkpoint)
 
@@ -296,15 +328,21 @@ class EpisodeCheckpointCallback(BaseCallback):
         if self._refill is not None:
             self._refill.release()
         try:
-            self.behind = live.finish(status, error)
+            signalled = self._signals.received
+            self.behind = live.finish(status, error, hurry=lambda: self._signals.received != signalled)
         finally:
             self._latest_of_ended = live.latest
+            if live.latest is not None and live.latest_metadata is not None:
+                # Another callback that trains this model goes on from here.
+                note_origin(self.model, str(live.latest.absolute()), live.latest_metadata)
             self._exit.remove()
             self._signals.remove()
 
     def _new_record(self) -> dict[str, Any]:
-        if self._config is None:
-            self._config = describe_model(self.model, total_timesteps=self.model._total_timesteps)
+        given = self._given_config
+        if given is None:
+            given = describe_model(self.model, total_timesteps=self.model._total_timesteps)
+        self._config = plain(given)
         assert self.agent_id is not None
         record = new_record(
             run_id=self.run_id or "",
@@ -329,6 +367,9 @@ class EpisodeCheckpointCallback(BaseCallback):
                 names.append(mirror.open(record))
             except MirrorUnavailableError as error:
                 if not self._start_offline:
-                    raise MirrorUnavailableError(error.name, error.uri, error.cause, _START_OFFLINE) from error
+                    # Not chained: a client's own message may quote the address with its password.
+                    raise MirrorUnavailableError(
+                        error.name, error.uri, error.cause, _START_OFFLINE, refused=error.refused
+                    ) from None
                 logger.warning("%s", error)
         return self.run_id or next((name for name in names if name), None) or uuid.uuid4().hex

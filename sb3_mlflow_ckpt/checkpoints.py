@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -143,11 +143,21 @@ def list_checkpoints(
 
 
 def latest_checkpoint(
-    checkpoint_dir: str | Path = "checkpoints", run_id: str | None = None, agent_id: str | None = None
+    checkpoint_dir: str | Path = "checkpoints",
+    run_id: str | None = None,
+    agent_id: str | None = None,
+    *,
+    accept: Callable[[CheckpointMetadata], bool] = lambda metadata: True,
 ) -> Path | None:
     """Return the newest checkpoint that verifies, or None where there is none.
 
     Newest is the latest timestamp over all runs that the ids admit. One that does not verify is named in the log.
+
+    Args:
+        checkpoint_dir: The folder that holds agents' folders.
+        run_id: Only this run.
+        agent_id: Only this agent.
+        accept: Tells by its metadata whether a checkpoint is considered.
     """
     found: list[tuple[str, int, Path]] = []
     for path in list_checkpoints(checkpoint_dir, run_id, agent_id):
@@ -156,7 +166,8 @@ def latest_checkpoint(
         except CheckpointError as error:
             logger.warning("Passed over: %s", error)
             continue
-        found.append((metadata.timestamp, metadata.episode, path))
+        if accept(metadata):
+            found.append((metadata.timestamp, metadata.episode, path))
     for _, _, path in sorted(found, reverse=True):
         try:
             verify_checkpoint(path)
@@ -195,10 +206,11 @@ def load_checkpoint(path: str | Path, env: VecEnv | Any = None, *, device: str =
         model = algorithm_class(metadata.algo).load(zip_path, env=env, device=device)
         vec_env = model.get_env()
         normalized = unwrap_vec_normalize(vec_env) if vec_env is not None else None
-        if normalized is not None:
-            arrays = read_archive(zip_path).arrays
-            if arrays:
-                normalization.restore(normalized, arrays)
+        arrays = read_archive(zip_path).arrays
+        if normalized is not None and arrays:
+            normalization.restore(normalized, arrays)
+        elif env is not None and arrays:
+            logger.warning(normalization.NOT_APPLIED)
     except CheckpointLoadError:
         raise
     except Exception as error:
@@ -244,7 +256,8 @@ def prune_checkpoints(
     for folder in run_folders(checkpoint_dir, run_id, agent_id):
         episodes = committed_episodes(folder)
         protected = _newest_verified(folder, episodes) | _not_mirrored(folder)
-        for episode in KeepLastN(keep_last_n).removable(episodes, protected):
+        ordered = [episode for episode in read_ledger(folder).saved if episode in episodes]
+        for episode in KeepLastN(keep_last_n).removable(ordered, protected):
             if not dry_run:
                 remove_checkpoint(folder, episode)
             removed.append(folder.model(episode))

@@ -16,6 +16,7 @@ from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointSaveError
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, FileEntry, ParentReference, timestamp_now
+from sb3_mlflow_ckpt.runs.document import finite
 from sb3_mlflow_ckpt.verification import read_metadata
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def capture_checkpoint(
     agent_id: str,
     run_id: str,
     episode: int,
+    finished_episodes: int | None = None,
     config: Mapping[str, Any] | None = None,
     extra_state: Mapping[str, Any] | None = None,
     trigger: str = "manual",
@@ -56,7 +58,8 @@ def capture_checkpoint(
         model: Any SB3 algorithm.
         agent_id: The agent's id.
         run_id: The run's id.
-        episode: Finished episodes of the whole training.
+        episode: Finished episodes of the whole training, as in the file's name.
+        finished_episodes: Their exact number, where that is greater.
         config: The training configuration, as plain JSON.
         extra_state: Anything else to keep, as plain JSON.
         trigger: Why it is saved.
@@ -79,6 +82,7 @@ def capture_checkpoint(
         agent_id=agent_id,
         algo=algorithm_name(type(model)),
         num_timesteps=int(model.num_timesteps),
+        finished_episodes=episode if finished_episodes is None else finished_episodes,
         n_updates=int(getattr(model, "_n_updates", 0)),
         trigger=trigger,
         versions=versions(),
@@ -142,10 +146,11 @@ def commit_checkpoint(folder: RunFolder, capture: CheckpointCapture) -> Checkpoi
             temporary.unlink(missing_ok=True)
             raise
         atomic.write_bytes(metadata_file, atomic.dump_json(metadata.to_json()))
-    except (OSError, ValueError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = _DISK_FULL if full else _UNUSABLE
+    except OSError as error:
+        hint = _DISK_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else _UNUSABLE
         raise CheckpointSaveError(path, error, hint) from error
+    except (ValueError, TypeError) as error:
+        raise CheckpointSaveError(path, error, "config and extra_state must be plain JSON") from error
     return metadata
 
 
@@ -170,6 +175,6 @@ def _last_episodes(state: Mapping[str, Any]) -> dict[str, float | None]:
     if not infos:
         return {"mean_reward": None, "mean_length": None}
     return {
-        "mean_reward": sum(info["r"] for info in infos) / len(infos),
-        "mean_length": sum(info["l"] for info in infos) / len(infos),
+        "mean_reward": finite(sum(info["r"] for info in infos) / len(infos)),
+        "mean_length": finite(sum(info["l"] for info in infos) / len(infos)),
     }

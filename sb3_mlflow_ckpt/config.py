@@ -7,10 +7,10 @@ the parameters of MLproject are all made from, or tested against, `TrainingConfi
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from sb3_mlflow_ckpt.errors import ConfigError, InvalidIdError
 from sb3_mlflow_ckpt.layout import check_id
-from sb3_mlflow_ckpt.runs.document import redact
+from sb3_mlflow_ckpt.runs.document import plain, redact
 
 ENVIRONMENT_PREFIX = "SB3_MLFLOW_CKPT_"
 INHERIT = "inherit"
@@ -66,15 +66,6 @@ def _numbers_within(value: Any) -> Any:
     if isinstance(value, str) and _NOT_FINITE.fullmatch(value):
         return float(value.replace(".", ""))
     return _number(value)
-
-
-def _json(value: Any) -> Any:
-    """Turn a setting into plain JSON; infinities, which JSON lacks, into the texts that are read back as them."""
-    if isinstance(value, Mapping):
-        return {str(key): _json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 Integer = Annotated[int, BeforeValidator(_integer)]
@@ -201,6 +192,12 @@ class TrainingConfig(BaseModel):
             return _numbers_within(value)
         return value
 
+    @field_validator("checkpoint_dir")
+    @classmethod
+    def _expand_home(cls, value: str) -> str:
+        # `--checkpoint-dir=~/x` reaches us as it is: the shell expands `~` only at the start of a word.
+        return str(Path(value).expanduser()) if value.startswith("~") else value
+
     @field_validator("agent_id", "run_id")
     @classmethod
     def _check_id(cls, value: str | None, info: Any) -> str | None:
@@ -234,7 +231,7 @@ class TrainingConfig(BaseModel):
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as a record stores it: plain JSON, without credentials."""
-        document: dict[str, Any] = _json(self.model_dump())
+        document: dict[str, Any] = plain(self.model_dump())
         document["agent_id"] = self.agent
         for key in ("tracking_uri", "mongo_uri"):
             if document[key]:

@@ -48,13 +48,13 @@ class CurveSampler(KVWriter):
         self._last = (now, model.num_timesteps)
         infos = [info for info in (model.ep_info_buffer or ()) if "r" in info]
         point = {
+            **self._scalars,  # First: a user's own scalar may be called as one of the columns is.
             "num_timesteps": int(model.num_timesteps),
             "episode": episode,
             "time": timestamp_now(),
             "ep_rew_mean": finite(safe_mean([info["r"] for info in infos])) if infos else None,
             "ep_len_mean": finite(safe_mean([info["l"] for info in infos])) if infos else None,
             "steps_per_second": finite((model.num_timesteps - steps) / (now - then)) if now > then else None,
-            **self._scalars,
         }
         self._scalars = {}
         return point

@@ -82,13 +82,24 @@ class RunNotFoundError(CheckpointError, LookupError):
         return str(self.args[0])
 
 
-class RunFolderBusyError(CheckpointError, RuntimeError):
-    """Another live process is writing to this run folder."""
+class RunFolderTakenError(CheckpointError, FileExistsError):
+    """A new training would mix its checkpoints with those of another in one run folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         super().__init__(
-            f"Another process is training in {folder}; stop it first, or leave out --run-id to start a run of its own"
+            f"{folder} holds the checkpoints of another training. Resume it with --resume-from-checkpoint, "
+            "or give this training a run id of its own"
+        )
+
+
+class RunFolderBusyError(CheckpointError, RuntimeError):
+    """Another training is writing to this run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        super().__init__(
+            f"Another training is writing to {folder}; stop it first, or leave out --run-id to start a run of its own"
         )
 
 
@@ -110,24 +121,28 @@ class ConfigError(ValueError):
 
 
 class MirrorUnavailableError(ConnectionError):
-    """An MLflow server or a database that was named explicitly does not answer at start.
+    """An MLflow server or a database does not answer, or refuses what it is asked.
 
     Args:
         name: "MLflow" or "MongoDB".
         uri: Its address, with credentials removed.
         cause: The client's own error.
         hint: What else can be done.
+        refused: Whether it did answer, and said no.
     """
 
-    def __init__(self, name: str, uri: str, cause: object, hint: str = "") -> None:
-        self.name, self.uri, self.cause = name, uri, cause
+    def __init__(self, name: str, uri: str, cause: object, hint: str = "", *, refused: bool = False) -> None:
+        self.name, self.uri, self.cause, self.refused = name, uri, cause, refused
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         # pymongo appends its timeouts and a dump of its topology.
-        reason = reason.partition(" (configured timeouts")[0].partition(", Timeout:")[0][:300].rstrip(" .")
-        super().__init__(
-            f"{name} at {uri} does not answer: {reason}. Start it or correct the address"
-            + (f"; {hint}" if hint else "")
-        )
+        reason = reason.partition(" (configured timeouts")[0].partition(", Timeout:")[0].rstrip(" .")
+        if len(reason) > 300:
+            reason = f"{reason[:300].rpartition(' ')[0]} ..."
+        if refused:
+            super().__init__(f"{name} at {uri} refuses: {reason}")
+        else:
+            remedy = "Start it or correct the address" + (f"; {hint}" if hint else "")
+            super().__init__(f"{name} at {uri} does not answer: {reason}. {remedy}")
 
 
 class TrainingInterrupted(SystemExit):

@@ -37,7 +37,7 @@ class SignalGuard:
     def install(self) -> None:
         """Take the signals over."""
         self.received = None
-        if not self._enabled:
+        if not self._enabled or self._before:
             return
         if threading.current_thread() is not threading.main_thread():
             logger.warning("Training outside the main thread: SIGTERM and SIGINT are not taken over")
@@ -55,6 +55,10 @@ class SignalGuard:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = signum
+        before = self._before.get(signum)
+        if callable(before) and isinstance(getattr(before, "__self__", None), SignalGuard):
+            # Another training in this process, or a second callback of this one, must hear of it too.
+            before(signum, frame)
 
 
 class ExitGuard:

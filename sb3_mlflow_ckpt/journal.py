@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError, RunFolderBusyError
-from sb3_mlflow_ckpt.layout import RunFolder, metadata_episode
+from sb3_mlflow_ckpt.layout import LOCK_NAME, TEMPORARY_PREFIX, RunFolder, metadata_episode
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, parse_metadata, timestamp_now
 
 logger = logging.getLogger(__name__)
@@ -76,8 +76,8 @@ class CheckpointLedger:
     """The state of a run's checkpoints as its `checkpoints.jsonl` tells it.
 
     Attributes:
-        saved: The facts of each commit, by episode.
-        uris: The address of each mirrored checkpoint, by episode.
+        saved: The facts of each commit, by episode, in the order of the commits.
+        uris: The address of each mirrored checkpoint, by episode, in the order of the uploads.
         retired: The episodes whose copy the mirror's retention removed; they are not sent again.
         pruned: The episodes whose files were removed.
     """
@@ -101,12 +101,16 @@ class CheckpointLedger:
         if not isinstance(episode, int):
             return None
         if kind == "saved":
+            self.saved.pop(episode, None)
             self.saved[episode] = {key: value for key, value in event.items() if key != "event"}
             self.pruned.discard(episode)
             # A checkpoint that was saved again is new content: what the mirror has is the old one.
             self.uris.pop(episode, None)
             self.retired.discard(episode)
         elif kind == "mirrored":
+            if event.get("sha256") != self.saved.get(episode, {}).get("sha256"):
+                return None  # While it was sent, the episode was saved again: what the mirror has is the old one.
+            self.uris.pop(episode, None)
             self.uris[episode] = str(event.get("uri"))
         elif kind == "unmirrored":
             self.uris.pop(episode, None)
@@ -185,9 +189,16 @@ class RunJournal:
         """Note that a checkpoint was committed."""
         self._add_event({"event": "saved", **saved_facts(metadata)})
 
-    def add_mirrored(self, episode: int, uri: str) -> None:
-        """Note that a checkpoint lies whole in the mirror at `uri`."""
-        self._add_event({"event": "mirrored", "episode": episode, "uri": uri, "time": timestamp_now()})
+    def add_mirrored(self, episode: int, uri: str, sha256: str | None) -> None:
+        """Note that a checkpoint lies whole in the mirror at `uri`.
+
+        Args:
+            episode: Its episode.
+            uri: Its address.
+            sha256: What was sent; if the episode was saved again meanwhile it still waits for its mirror.
+        """
+        event = {"event": "mirrored", "episode": episode, "uri": uri, "sha256": sha256}
+        self._add_event({**event, "time": timestamp_now()})
 
     def add_unmirrored(self, episode: int) -> None:
         """Note that the mirror's retention removed its copy of a checkpoint."""
@@ -243,13 +254,36 @@ class RunJournal:
             self.add_pruned(episode)
 
 
-def sweep_temporaries(folder: Path) -> list[Path]:
-    """Remove what a dead writer left half-written. The caller holds the folder's lock."""
-    from sb3_mlflow_ckpt.layout import TEMPORARY_PREFIX
+def sweep_dead_writers(folder: RunFolder) -> None:
+    """Remove what dead writers left half-written in this run's folder and in its agent's other runs'.
 
-    removed = []
-    for path in folder.iterdir():
-        if path.name.startswith(TEMPORARY_PREFIX) and path.is_file() and not path.is_symlink():
-            path.unlink(missing_ok=True)
-            removed.append(path)
-    return removed
+    The caller holds this folder's lock. Another one is swept only if nobody holds its lock.
+    """
+    _sweep(folder.path)
+    for other in _subfolders(folder.path.parent):
+        if other == folder.path or not _temporaries(other):
+            continue
+        try:
+            with FileLock(other / LOCK_NAME, timeout=0):
+                _sweep(other)
+        except (Timeout, OSError) as error:
+            logger.debug("%s is left as it is: %s", other, error)
+
+
+def _sweep(folder: Path) -> None:
+    for path in _temporaries(folder):
+        path.unlink(missing_ok=True)
+
+
+def _temporaries(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        return [
+            Path(entry.path)
+            for entry in entries
+            if entry.name.startswith(TEMPORARY_PREFIX) and entry.is_file(follow_symlinks=False)
+        ]
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sb3_mlflow_ckpt.commit import CheckpointCapture, commit_checkpoint, remove_checkpoint
-from sb3_mlflow_ckpt.errors import describe
-from sb3_mlflow_ckpt.journal import RunJournal, sweep_temporaries
+from sb3_mlflow_ckpt.errors import RunFolderTakenError, describe
+from sb3_mlflow_ckpt.journal import RunJournal, committed_episodes, sweep_dead_writers
 from sb3_mlflow_ckpt.layout import RunFolder
-from sb3_mlflow_ckpt.metadata import timestamp_now
+from sb3_mlflow_ckpt.metadata import CheckpointMetadata, timestamp_now
 from sb3_mlflow_ckpt.policies import KeepLastN, MirrorBacklog
 from sb3_mlflow_ckpt.replication import Mirror, Replicator, close_all
 from sb3_mlflow_ckpt.runs.document import redact_all
 from sb3_mlflow_ckpt.writer import BackgroundWriter
 
 logger = logging.getLogger(__name__)
+
+_SYNC_SECONDS_AFTER_SIGNAL = 10.0
 
 
 @dataclass(frozen=True)
@@ -51,24 +53,37 @@ class LiveRun:
         mirrors: Where it is copied to.
         options: How it is kept.
 
+        fresh: Whether the training begins at its beginning; then the folder must not hold checkpoints of another.
+
     Raises:
-        RunFolderBusyError: Another process trains in this folder.
+        RunFolderBusyError: The folder is in use.
+        RunFolderTakenError: The folder holds checkpoints of another training.
     """
 
     def __init__(
-        self, folder: RunFolder, record: Mapping[str, Any], mirrors: Sequence[Mirror], options: RunOptions
+        self,
+        folder: RunFolder,
+        record: Mapping[str, Any],
+        mirrors: Sequence[Mirror],
+        options: RunOptions,
+        *,
+        fresh: bool = True,
     ) -> None:
         self.folder = folder
         self.latest: Path | None = None
+        self.latest_metadata: CheckpointMetadata | None = None
         self._options = options
         self._gave_up: set[int] = set()
         self._mirrored = any(mirror.stores_checkpoints for mirror in mirrors)
         self._progress: dict[str, Any] = dict(record["progress"])
         self._last_step_at: str | None = None
         self._journal = RunJournal(folder)
-        sweep_temporaries(folder.path)
+        if fresh and committed_episodes(folder):
+            self._journal.close()
+            raise RunFolderTakenError(folder.path)
         self._journal.start({**record, "mirrors": [mirror.name for mirror in mirrors]})
         self._writer = BackgroundWriter()
+        self._writer.submit(lambda: sweep_dead_writers(folder))
         self._replicators = [Replicator(mirror, self._journal) for mirror in mirrors]
         for replicator in self._replicators:
             replicator.start()
@@ -85,9 +100,10 @@ class LiveRun:
         """Queue a checkpoint for the background writer; return the seconds that the caller waited for room."""
         return self._writer.submit(lambda: self._commit(capture))
 
-    def failure(self) -> BaseException | None:
-        """Return why a checkpoint could not be written, once for each, or None."""
-        return self._writer.failure()
+    def failures(self) -> Iterator[BaseException]:
+        """Yield why checkpoints could not be written, each failure once."""
+        while (failure := self._writer.failure()) is not None:
+            yield failure
 
     def flush(self) -> None:
         """Wait until every checkpoint that was queued is on disk or has failed."""
@@ -105,19 +121,44 @@ class LiveRun:
         except OSError as error:
             logger.warning("A point of the learning curve was not written: %s", error)
 
-    def finish(self, status: str, error: BaseException | None = None) -> list[str]:
+    def finish(
+        self, status: str, error: BaseException | None = None, hurry: Callable[[], bool] = lambda: False
+    ) -> list[str]:
         """End the run: drain the writer, record the end, let the mirrors catch up, release the folder.
 
         Args:
             status: completed, failed or interrupted.
             error: Why it failed.
+            hurry: Asked while mirrors catch up: whether to stop waiting for them.
 
         Returns:
             The names of mirrors that still miss something.
         """
-        self._writer.close()
-        self._ended.set()
-        self._heartbeat.join()
+        try:
+            self._writer.close()
+            self._ended.set()
+            self._heartbeat.join()
+            self._record_end(status, error)
+            behind = close_all(self._replicators, self._sync_timeout(status), hurry)
+            for name in behind:
+                logger.warning(
+                    "%s misses a part of this run; send it with: sb3-mlflow-ckpt checkpoints sync --checkpoint-dir %s",
+                    name,
+                    self.folder.checkpoint_dir,
+                )
+            self._prune()
+        finally:
+            # Ctrl-C in the middle of the above must not leave the folder locked in a living process.
+            self._ended.set()
+            self._journal.close()
+        return behind
+
+    def _sync_timeout(self, status: str) -> float:
+        timeout = self._options.sync_timeout_seconds
+        # Whoever sends a signal kills soon after it: Kubernetes after 30 s, SLURM by its own setting.
+        return min(timeout, _SYNC_SECONDS_AFTER_SIGNAL) if status == "interrupted" else timeout
+
+    def _record_end(self, status: str, error: BaseException | None) -> None:
         try:
             self._journal.update(
                 status=status,
@@ -127,21 +168,11 @@ class LiveRun:
             )
         except OSError as failure:
             logger.error("The end of the run could not be recorded in %s: %s", self.folder.record, failure)
-        behind = close_all(self._replicators, self._options.sync_timeout_seconds)
-        for name in behind:
-            logger.warning(
-                "%s misses a part of this run; send it with: sb3-mlflow-ckpt checkpoints sync --checkpoint-dir %s",
-                name,
-                self.folder.checkpoint_dir,
-            )
-        self._prune()
-        self._journal.close()
-        return behind
 
     def _commit(self, capture: CheckpointCapture) -> None:
         metadata = commit_checkpoint(self.folder, capture)
         self._journal.add_saved(metadata)
-        self.latest = self.folder.model(metadata.episode)
+        self.latest, self.latest_metadata = self.folder.model(metadata.episode), metadata
         self._prune()
 
     def _prune(self) -> None:

@@ -6,7 +6,7 @@ import json
 from datetime import datetime, timezone
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from sb3_mlflow_ckpt.errors import CheckpointCorruptError, IncompatibleCheckpointError
 
@@ -57,6 +57,12 @@ class CheckpointMetadata(BaseModel):
     agent_id: str = Field(description="The agent, as in the folder's name")
     algo: str = Field(description="Name of the algorithm, or `module:Class`")
     num_timesteps: int = Field(ge=0, description="Environment steps of the whole training")
+    finished_episodes: int = Field(
+        default=-1,
+        ge=-1,
+        validate_default=True,
+        description="Finished episodes at the save: `episode` or more, where several environments ended in one step",
+    )
     n_updates: int = Field(default=0, ge=0, description="Gradient updates of the whole training")
     trigger: str = Field(default="interval", description="Why it was saved: interval, end, signal, exception, manual")
     files: list[FileEntry] = Field(default_factory=list, description="Name, bytes and SHA-256 of each file")
@@ -70,6 +76,11 @@ class CheckpointMetadata(BaseModel):
     metrics: dict[str, float | None] = Field(
         default_factory=dict, description="Mean reward and length of the last episodes"
     )
+
+    @field_validator("finished_episodes")
+    @classmethod
+    def _at_least_the_label(cls, value: int, info: ValidationInfo) -> int:
+        return max(value, int(info.data.get("episode", 0)))
 
     def to_json(self) -> dict[str, Any]:
         """Return the document as plain JSON values, the documented keys first."""

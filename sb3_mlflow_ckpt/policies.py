@@ -29,7 +29,7 @@ class EveryNEpisodes:
 
 @dataclass(frozen=True)
 class KeepLastN:
-    """Keep the newest `n` checkpoints; 0 keeps all."""
+    """Keep the `n` checkpoints that were committed last; 0 keeps all."""
 
     n: int = 3
 
@@ -39,13 +39,13 @@ class KeepLastN:
         The newest checkpoint is never removed, nor is a protected one; protected ones count among the kept.
 
         Args:
-            episodes: What is there, in any order.
+            episodes: What is there, in the order of its commit: a run that went back to an older checkpoint
+                commits lower numbers after higher ones.
             protected: What must stay whatever its age (not mirrored yet, in use by a resume, ...).
         """
         if self.n <= 0:
             return []
-        ordered = sorted(episodes)
-        return [episode for episode in ordered[: -self.n] if episode not in protected]
+        return [episode for episode in episodes[: -self.n] if episode not in protected]
 
 
 @dataclass(frozen=True)

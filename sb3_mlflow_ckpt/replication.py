@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from sb3_mlflow_ckpt.journal import RunJournal
@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 _FIRST_RETRY_SECONDS = 0.5
 _LONGEST_RETRY_SECONDS = 15.0
+_POLL_SECONDS = 0.2
+_SILENT_SECONDS = 2.0
 
 
 class Mirror(Protocol):
@@ -47,6 +49,10 @@ class Mirror(Protocol):
         """Send everything that the journal has and the mirror has not. Idempotent; raises on an outage."""
         ...
 
+    def cancel(self) -> None:
+        """Take back what `open` made: the training does not start. Must not raise."""
+        ...
+
     def close(self) -> None:
         """Release connections; a later use opens others."""
         ...
@@ -66,6 +72,7 @@ class Replicator:
         self._changed = threading.Event()
         self._closing = threading.Event()
         self._done = threading.Event()
+        self._abandoned = threading.Event()
         self._failure: BaseException | None = None
         journal.on_change(self._changed.set)
         # A daemon: a request that hangs must not keep the process from ending.
@@ -81,13 +88,25 @@ class Replicator:
         """Why the last attempt failed, or None where it succeeded."""
         return self._failure
 
-    def close(self, timeout: float) -> bool:
-        """Send what is left, for at most `timeout` seconds; return whether the mirror has everything."""
+    def close(self, timeout: float, hurry: Callable[[], bool] = lambda: False) -> bool:
+        """Send what is left; return whether the mirror has everything.
+
+        Args:
+            timeout: The longest time to wait, in seconds.
+            hurry: Asked several times a second: whether to stop waiting.
+        """
         self._closing.set()
         self._changed.set()
-        self._thread.join(timeout)
+        deadline, told = time.monotonic() + timeout, False
+        while self._thread.is_alive() and time.monotonic() < deadline and not hurry():
+            self._thread.join(min(_POLL_SECONDS, max(0.0, deadline - time.monotonic())))
+            if not told and self._thread.is_alive() and time.monotonic() > deadline - timeout + _SILENT_SECONDS:
+                logger.warning("Sending the rest to %s, for at most %.0f s", self.mirror.name, timeout)
+                told = True
         if self._done.is_set():
             self.mirror.close()
+        # A request may hang beyond this; when it returns, the thread must not write to a journal that is closed.
+        self._abandoned.set()
         return self._done.is_set()
 
     def _run(self) -> None:
@@ -100,13 +119,17 @@ class Replicator:
             try:
                 self.mirror.replicate(self._journal)
             except Exception as error:
+                if self._abandoned.is_set():
+                    return
                 self._note(error)
                 self._changed.set()
                 # Closing cuts the pause short, so that the last round is not spent waiting.
                 if self._closing.wait(pause):
-                    time.sleep(min(pause, 1.0))
+                    self._abandoned.wait(min(pause, 1.0))
                 pause = min(2 * pause, _LONGEST_RETRY_SECONDS)
                 continue
+            if self._abandoned.is_set():
+                return
             if self._failure is not None:
                 logger.warning("%s answers again; what was missing has been sent", self.mirror.name)
             self._failure, pause = None, _FIRST_RETRY_SECONDS
@@ -118,13 +141,17 @@ class Replicator:
         if self._failure is None:
             reason = redact(str(error)).strip().splitlines() or [type(error).__name__]
             logger.warning(
-                "%s cannot be reached; training goes on, and it is sent later (%s)", self.mirror.name, reason[0][:300]
+                "%s is behind; training goes on, and what it misses is sent later (%s)",
+                self.mirror.name,
+                reason[0][:300],
             )
             logger.debug("%s", self.mirror.name, exc_info=error)
         self._failure = error
 
 
-def close_all(replicators: Sequence[Replicator], timeout: float) -> list[str]:
+def close_all(
+    replicators: Sequence[Replicator], timeout: float, hurry: Callable[[], bool] = lambda: False
+) -> list[str]:
     """Close replicators within one common deadline; return the names of the mirrors that miss something."""
     deadline = time.monotonic() + timeout
-    return [r.mirror.name for r in replicators if not r.close(max(0.0, deadline - time.monotonic()))]
+    return [r.mirror.name for r in replicators if not r.close(max(0.0, deadline - time.monotonic()), hurry)]

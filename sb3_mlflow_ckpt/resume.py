@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sb3_mlflow_ckpt.checkpoints import latest_checkpoint
+from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, run_folders
 from sb3_mlflow_ckpt.errors import (
     CheckpointCorruptError,
     CheckpointNotFoundError,
     IncompatibleCheckpointError,
+    InvalidIdError,
 )
 from sb3_mlflow_ckpt.layout import RunFolder, model_path
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata
@@ -40,7 +42,12 @@ class ResumeSource:
 
 
 def resolve_checkpoint(
-    reference: str, *, checkpoint_dir: str, agent_id: str, tracking_uri: str | None = None
+    reference: str,
+    *,
+    checkpoint_dir: str,
+    agent_id: str,
+    tracking_uri: str | None = None,
+    accept: Callable[[CheckpointMetadata], bool] = lambda metadata: True,
 ) -> ResumeSource | None:
     """Return the checkpoint that a reference names, verified.
 
@@ -50,6 +57,7 @@ def resolve_checkpoint(
         checkpoint_dir: Where `latest` and `auto` look.
         agent_id: Whose checkpoints they look at.
         tracking_uri: Where `runs:/` URIs are resolved; MLflow's own setting where it is None.
+        accept: Tells by its metadata whether `latest` and `auto` consider a checkpoint.
 
     Returns:
         The checkpoint; None for `auto` where there is none.
@@ -62,18 +70,19 @@ def resolve_checkpoint(
     if reference.startswith("runs:/"):
         return _from_mlflow(reference, tracking_uri)
     if reference in ("latest", "auto"):
-        path = latest_checkpoint(checkpoint_dir, agent_id=agent_id)
+        path = latest_checkpoint(checkpoint_dir, agent_id=agent_id, accept=accept)
         if path is None:
             if reference == "auto":
                 return None
             raise CheckpointNotFoundError(
-                f"{reference} of {agent_id}", f"{checkpoint_dir} holds none that verifies; auto starts a new training"
+                f"{reference} of {agent_id}",
+                f"{checkpoint_dir} holds none of this agent that verifies{_other_agents(checkpoint_dir)}; "
+                "auto starts a new training",
             )
         return _from_path(path)
     path = Path(reference).expanduser()
     if path.is_dir():
-        folder = RunFolder.at(path)
-        newest = latest_checkpoint(folder.checkpoint_dir, folder.run_id, folder.agent_id)
+        newest = _newest_in(path)
         if newest is None:
             raise CheckpointNotFoundError(reference, "The folder is not a run folder with a checkpoint that verifies")
         return _from_path(newest)
@@ -100,12 +109,24 @@ def _from_path(path: Path) -> ResumeSource:
     except IncompatibleCheckpointError:
         raise
     except CheckpointCorruptError as error:
-        folder = RunFolder.at(path.absolute().parent)
-        whole = latest_checkpoint(folder.checkpoint_dir, folder.run_id, folder.agent_id)
+        whole = _newest_in(path.absolute().parent)
         hint = f"The newest beside it that verifies is {whole}" if whole else "None beside it verifies"
         raise CheckpointCorruptError(error.path, error.cause, hint) from error
     zip_path = model_path(path).absolute()
     return ResumeSource(zip_path, str(zip_path), metadata)
+
+
+def _newest_in(path: Path) -> Path | None:
+    try:
+        folder = RunFolder.at(path)
+    except InvalidIdError:
+        return None  # Not a folder of ours: its name could not be an id.
+    return latest_checkpoint(folder.checkpoint_dir, folder.run_id, folder.agent_id)
+
+
+def _other_agents(checkpoint_dir: str) -> str:
+    agents = sorted({folder.agent_id for folder in run_folders(checkpoint_dir)})
+    return f" (--agent-id: there is {', '.join(agents[:5])})" if agents else ""
 
 
 def _from_mlflow(uri: str, tracking_uri: str | None) -> ResumeSource:

@@ -1,4 +1,4 @@
-"""Owns the clock of the mode `smoke`."""
+"""Owns the limits of the mode `smoke`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 
 class TimeLimit(BaseCallback):
-    """Ends `learn` after some seconds, as its normal end.
+    """Ends `learn` after some environment steps or seconds, as its normal end.
+
+    The target, and so every schedule, stays what it is. It ends with the step after the limit: an on-policy
+    rollout that fills up on the limit is learned from.
 
     Args:
-        seconds: Counted from the start of the training.
+        timesteps: Counted from the start of this `learn`.
+        seconds: Likewise.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, timesteps: int, seconds: float) -> None:
         super().__init__()
-        self._seconds = seconds
-        self._deadline = 0.0
+        self._timesteps, self._seconds = timesteps, seconds
+        self._last_step, self._deadline = 0, 0.0
 
     def _on_training_start(self) -> None:
+        self._last_step = self.num_timesteps + self._timesteps
         self._deadline = time.monotonic() + self._seconds
 
     def _on_step(self) -> bool:
-        return time.monotonic() < self._deadline
+        return self.num_timesteps <= self._last_step and time.monotonic() < self._deadline

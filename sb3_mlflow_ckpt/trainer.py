@@ -6,6 +6,7 @@ Importing it imports no torch, so that `--help` answers at once.
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from sb3_mlflow_ckpt.config import TrainingConfig, differences
 from sb3_mlflow_ckpt.environments import make_env
 from sb3_mlflow_ckpt.errors import (
     CheckpointLoadError,
+    CheckpointSaveError,
     ConfigError,
     IncompatibleCheckpointError,
     TrainingInterrupted,
@@ -34,8 +36,11 @@ if TYPE_CHECKING:
 
     from sb3_mlflow_ckpt.callback import EpisodeCheckpointCallback
 
+logger = logging.getLogger(__name__)
+
 SMOKE_TIMESTEPS = 2_048
 SMOKE_SECONDS = 30.0
+_INITIAL_ONLY = frozenset({"policy_kwargs.log_std_init", "policy_kwargs.ortho_init", "zero_policy"})
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,6 @@ class ResolvedTraining:
     def num_timesteps(self) -> int:
         """Environment steps that are behind it."""
         return self.source.metadata.num_timesteps if self.source is not None else 0
-
-    @property
-    def target(self) -> int:
-        """Environment steps at which it ends."""
-        total = self.config.total_timesteps
-        return min(total, self.num_timesteps + SMOKE_TIMESTEPS) if self.config.mode == "smoke" else total
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,8 @@ def resolve_config(config: TrainingConfig) -> ResolvedTraining:
             checkpoint_dir=config.checkpoint_dir,
             agent_id=config.agent,
             tracking_uri=config.tracking_uri,
+            # A trial must not become what the real training starts from.
+            accept=lambda metadata: config.mode == "smoke" or metadata.config.get("mode") != "smoke",
         )
     if source is not None:
         config = _inherit(config, source)
@@ -149,7 +150,7 @@ def train(config: TrainingConfig, *, reporter: Reporter | None = None) -> Traini
     resolved = resolve_config(config)
     if reporter is not None:
         reporter.starting(resolved)
-    if resolved.num_timesteps >= resolved.target:
+    if resolved.num_timesteps >= resolved.config.total_timesteps:
         metadata = resolved.source.metadata if resolved.source is not None else None
         episode = metadata.episode if metadata is not None else 0
         return TrainingResult(resolved, resolved.num_timesteps, episode, None, None, None, [])
@@ -197,20 +198,20 @@ def _learn(resolved: ResolvedTraining, model: BaseAlgorithm, reporter: Reporter 
     )
     callbacks: list[BaseCallback] = [checkpoints]
     if config.mode == "smoke":
-        callbacks.append(TimeLimit(SMOKE_SECONDS))
+        callbacks.append(TimeLimit(SMOKE_TIMESTEPS, SMOKE_SECONDS))
     if reporter is not None:
         callbacks.append(reporter.callback(resolved, checkpoints))
     try:
         with checkpoints:
             model.learn(
-                resolved.target - model.num_timesteps,
+                config.total_timesteps - model.num_timesteps,
                 callback=CallbackList(callbacks),
                 reset_num_timesteps=resolved.source is None,
                 **_learn_options(model),
             )
-    except Exception as error:
+    except (OSError, EOFError) as error:
         # Ctrl-C can break a worker's pipe before the training loop looks at the signal.
-        if checkpoints.interrupted_by is not None:
+        if checkpoints.interrupted_by is not None and not isinstance(error, CheckpointSaveError):
             raise TrainingInterrupted(checkpoints.interrupted_by, checkpoints.latest_checkpoint) from error
         raise
     folder = checkpoints.folder
@@ -235,12 +236,14 @@ def _model(resolved: ResolvedTraining, env: VecEnv, seed: int) -> BaseAlgorithm:
     check_spaces(source, env)
     model = build_model(resolved.config, env, seed=seed)
     overridden = {key.partition(".")[2] for key in resolved.differences if key.startswith("hyperparameters.")}
+    for name in sorted(overridden & _INITIAL_ONLY):
+        logger.warning("%s has no effect: it sets initial parameters, and they come from the checkpoint", name)
     try:
         restore_model(model, read_archive(source.path, model.device), overridden=overridden)
     except CheckpointLoadError:
         raise
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:400]
         raise CheckpointLoadError(source.uri, reason, version_differences(source.metadata.versions)) from error
     note_origin(model, source.uri, source.metadata)
     return model
@@ -255,6 +258,11 @@ def _inherit(config: TrainingConfig, source: ResumeSource) -> TrainingConfig:
         )
     if "env_id" not in given and not source.metadata.config.get("env_id"):
         raise ConfigError("env_id", "is needed: the checkpoint does not say which environment it was trained in")
+    undescribed = source.metadata.config.get("undescribed")
+    if undescribed:
+        logger.warning(
+            "The checkpoint does not say what %s was: give it again, or the default is taken", ", ".join(undescribed)
+        )
     return config.inherit({**source.metadata.config, "algo": saved, "agent_id": source.metadata.agent_id})
 
 

@@ -38,6 +38,8 @@ def read_metadata(path: str | Path) -> CheckpointMetadata:
     # A crash came while this episode was written anew: the zip itself says which of the two it is.
     newer = parse_metadata(json.dumps(replacement), file)
     zip_path = model_path(Path(path))
+    if not zip_path.is_file():
+        raise CheckpointNotFoundError(path, _what_is_there(zip_path))
     return newer if newer.files and atomic.sha256(zip_path) == newer.files[0].sha256 else metadata
 
 

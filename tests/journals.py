@@ -64,6 +64,11 @@ def save(journal: RunJournal, episode: int, content: bytes = b"a zip") -> None:
     journal.add_saved(commit(journal.folder, episode, content))
 
 
+def mirror(journal: RunJournal, episode: int, uri: str) -> None:
+    """Note that a checkpoint lies in the mirror as it is on disk."""
+    journal.add_mirrored(episode, uri, journal.ledger.saved[episode]["sha256"])
+
+
 def prune(journal: RunJournal, episode: int) -> None:
     """Remove a checkpoint's files and note it."""
     journal.folder.metadata(episode).unlink()

@@ -80,8 +80,10 @@ class TerminalReporter:
 
     def interrupted(self, config: TrainingConfig, checkpoint: Path | None) -> None:
         """Print how to go on after a signal."""
-        self._print("Interrupted; the state was saved")
-        if checkpoint is not None:
+        if checkpoint is None:
+            self._print("Interrupted; no checkpoint was saved")
+        else:
+            self._print("Interrupted; the state was saved")
             self._print(f"Resume with: {resume_command(config, checkpoint)}")
 
     def _print(self, text: str) -> None:
@@ -120,6 +122,8 @@ def configure_logging(console: Console) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     # It announces the creation of its tables at level INFO, and sets its loggers up when it is imported.
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    # An outage is told once, by the replicator; urllib3 would tell every attempt.
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 
 class _ProgressCallback(BaseCallback):
@@ -128,7 +132,7 @@ class _ProgressCallback(BaseCallback):
     def __init__(self, console: Console, resolved: ResolvedTraining, checkpoints: EpisodeCheckpointCallback) -> None:
         super().__init__()
         self._console = console
-        self._total = resolved.target
+        self._total = resolved.config.total_timesteps
         self._checkpoints = checkpoints
         self._pause = _SECONDS_BETWEEN_FRAMES if console.is_terminal else _SECONDS_BETWEEN_LINES
         self._last = (0.0, 0)
@@ -170,7 +174,7 @@ class _ProgressCallback(BaseCallback):
         saved = self._shown.name if self._shown is not None else "none yet"
         text = f"episode {self._checkpoints.episode}  reward {reward}  {rate:.0f} steps/s  checkpoint {saved}"
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self.num_timesteps, description=text)
+            self._bar.update(self._task, completed=min(self.num_timesteps, self._total), description=text)
         else:
             self._console.print(f"{self.num_timesteps}/{self._total}  {text}", soft_wrap=True, highlight=False)
 

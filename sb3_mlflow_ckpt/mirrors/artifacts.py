@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointNotFoundError, MirrorUnavailableError
+from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointNotFoundError
 from sb3_mlflow_ckpt.layout import ARTIFACT_FOLDER, id_spellings, metadata_path, model_episode, model_path
-from sb3_mlflow_ckpt.mirrors.mlflow import quick_requests
+from sb3_mlflow_ckpt.mirrors.mlflow import LATEST_TAG, quick_requests, unavailable
 from sb3_mlflow_ckpt.runs.document import redact
 from sb3_mlflow_ckpt.verification import verify_checkpoint
 
@@ -39,9 +39,10 @@ def download_checkpoint(uri: str, destination: Path, tracking_uri: str | None = 
     """
     run_id, _, artifact = uri.removeprefix(SCHEME).strip("/").partition("/")
     with quick_requests():
-        run_id, artifacts = _artifacts(uri, run_id, tracking_uri)
+        run_id, artifacts, latest = _artifacts(uri, run_id, tracking_uri)
     complete = [name for name in artifacts if model_episode(name) is not None and _metadata_name(name) in artifacts]
-    complete.sort(key=lambda name: model_episode(name) or 0)
+    # What was sent last, then by episode: a run that went back to an older checkpoint has later, lower ones.
+    complete.sort(key=lambda name: (name == latest, model_episode(name) or 0))
     if artifact:
         name = model_path(Path(artifact)).name
         if Path(artifact).parent.as_posix() != ARTIFACT_FOLDER or name not in artifacts:
@@ -59,38 +60,43 @@ def download_checkpoint(uri: str, destination: Path, tracking_uri: str | None = 
     raise CheckpointNotFoundError(uri, _what_is_there(complete))
 
 
-def _artifacts(uri: str, run_id: str, tracking_uri: str | None) -> tuple[str, set[str]]:
-    """Return the run's id as MLflow spells it, and the names of the files in its checkpoint folder."""
+def _artifacts(uri: str, run_id: str, tracking_uri: str | None) -> tuple[str, set[str], str]:
+    """Return the run's id as MLflow spells it, the files in its checkpoint folder, and which was sent last."""
     import mlflow
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    where = redact(tracking_uri or mlflow.get_tracking_uri())
+    address = tracking_uri or mlflow.get_tracking_uri()
     client = MlflowClient(tracking_uri=tracking_uri)
     for spelling in id_spellings(run_id)[::-1]:
         try:
-            client.get_run(spelling)
+            run = client.get_run(spelling)
+            files = client.list_artifacts(spelling, ARTIFACT_FOLDER)
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 continue
-            raise MirrorUnavailableError("MLflow", where, redact(str(error))) from error
+            raise unavailable(error, address) from None
         except Exception as error:
-            raise MirrorUnavailableError("MLflow", where, redact(str(error))) from error
-        files = client.list_artifacts(spelling, ARTIFACT_FOLDER)
-        return spelling, {Path(file.path).name for file in files if not file.is_dir}
-    raise CheckpointNotFoundError(uri, f"MLflow at {where} has no run {run_id!r}")
+            raise unavailable(error, address) from None
+        latest = Path(run.data.tags.get(LATEST_TAG, "")).name
+        return spelling, {Path(file.path).name for file in files if not file.is_dir}, latest
+    raise CheckpointNotFoundError(uri, f"MLflow at {redact(address)} has no run {run_id!r}")
 
 
 def _download(run_id: str, name: str, has_metadata: bool, destination: Path, tracking_uri: str | None) -> Download:
     import mlflow.artifacts
 
     for file in (_metadata_name(name),) * has_metadata + (name,):
-        mlflow.artifacts.download_artifacts(
-            run_id=run_id,
-            artifact_path=f"{ARTIFACT_FOLDER}/{file}",
-            dst_path=str(destination),
-            tracking_uri=tracking_uri,
-        )
+        try:
+            mlflow.artifacts.download_artifacts(
+                run_id=run_id,
+                artifact_path=f"{ARTIFACT_FOLDER}/{file}",
+                dst_path=str(destination),
+                tracking_uri=tracking_uri,
+            )
+        except Exception as error:
+            # mlflow raises its own, requests' and OS errors alike.
+            raise unavailable(error, tracking_uri or mlflow.get_tracking_uri()) from None
     path = next(destination.rglob(name))
     verify_checkpoint(path)
     return Download(path, f"{SCHEME}{run_id}/{ARTIFACT_FOLDER}/{name}")

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
+import posixpath
+import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -26,8 +29,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LATEST_TAG = "mlflow.latest_checkpoint_artifact"
+REFUSALS = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE", "PERMISSION_DENIED")
+"""MLflow's error codes of a server that answered, and said no."""
 _STATUS = {"completed": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 _TAG_PREFIX = "sb3_mlflow_ckpt."
+_ERROR_TAG = f"{_TAG_PREFIX}error"
 _EPISODES_METRIC = "rollout/episodes"
 # Columns of the learning curve, under the names that SB3's own logger gives them.
 _METRIC_NAMES = {
@@ -39,8 +45,16 @@ _METRIC_NAMES = {
 _METRICS_PER_BATCH = 900  # MLflow takes 1,000 of all kinds
 _PARAMS_PER_BATCH = 100
 _LONGEST_VALUE = 6000
+_LONGEST_NAME = 250
+# The runs that trainings of this process write to.
+_claimed: set[str] = set()
 # MLflow's own defaults retry for minutes; the replicator retries on its own schedule, off the training thread.
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+_PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    # It would print a line for every run that it ends.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
 _IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
 
 
@@ -63,7 +77,8 @@ class MLflowMirror:
     """Copies a run to MLflow.
 
     Continues the run that is active in this process or that `mlflow run` made; else makes one. A run that the
-    caller's own `mlflow.start_run()` opened is left for the caller to end.
+    caller's own `mlflow.start_run()` opened is left for the caller to end. A second training of the process does
+    not mix with the first: it gets a run of its own below that one.
 
     Args:
         tracking_uri: MLflow's tracking URI; MLflow's own setting where it is None.
@@ -85,11 +100,19 @@ class MLflowMirror:
     ) -> None:
         self._tracking_uri = tracking_uri
         self._experiment_name = experiment_name
-        self._run_id = run_id
+        self._given_run_id = run_id
         self._retention = KeepLastN(keep_last_n)
         self._client: MlflowClient | None = None
+        self._patience_set: list[str] = []
+        # A request of an earlier training that still hangs must not meet one of the next.
+        self._lock = threading.Lock()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._run_id: str | None = None
         self._run: Run | None = None
-        self._owned = True
+        self._owned, self._created = True, False
+        self._below: str | None = None
         self._sent_params = False
         self._sent_tags: dict[str, str] = {}
         self._sent_status: tuple[int, str] | None = None
@@ -110,19 +133,26 @@ class MLflowMirror:
         Raises:
             MirrorUnavailableError: MLflow does not answer within seconds, or refuses.
         """
-        for key, value in _PATIENCE.items():
-            os.environ.setdefault(key, value)
-        self._run_id, self._owned = self._existing_run()
+        self._be_patient()
+        if self._run is None or not record.get("run_id"):
+            self._forget()
+            self._choose_run()
         try:
             with quick_requests():
                 self._connect(record)
         except Exception as error:
-            # mlflow raises its own, requests', sqlalchemy's and OS errors alike.
-            raise MirrorUnavailableError("MLflow", redact(str(self._uri())), redact(str(error))) from error
+            # mlflow raises its own, requests', sqlalchemy's and OS errors alike. Not chained: their messages may
+            # quote the address with its password.
+            raise unavailable(error, self._uri()) from None
         return self.run_id
 
     def replicate(self, journal: RunJournal) -> None:
-        """Send everything that MLflow lacks: the run, parameters, tags, metrics, checkpoints, then the status."""
+        """Send everything that MLflow lacks: the run, checkpoints, parameters, tags, metrics, then the status."""
+        with self._lock:
+            self._be_patient()
+            self._replicate(journal)
+
+    def _replicate(self, journal: RunJournal) -> None:
         record = journal.record
         client, run = self._connect(record)
         if not record.get("mlflow") or record["mlflow"].get("run_id") != run.info.run_id:
@@ -133,23 +163,49 @@ class MLflowMirror:
                     "run_id": run.info.run_id,
                 }
             )
-        self._send_params(client, run, record)
         self._send_tags(client, run, record)
-        self._send_metrics(client, run, journal)
         self._send_checkpoints(client, run, journal)
+        self._send_params(client, run, record)
+        self._send_metrics(client, run, journal)
         self._prune(run, journal)
         self._send_status(client, run, record)
 
-    def close(self) -> None:
-        """Release nothing: MLflow's client keeps no connection."""
+    def cancel(self) -> None:
+        """End a run that `open` made as failed: nothing will be trained under it."""
+        if self._created and self._client is not None and self._run is not None:
+            try:
+                with quick_requests():
+                    self._client.set_terminated(self._run.info.run_id, "FAILED")
+            except Exception as error:
+                logger.debug("MLflow was not told that the run will not train", exc_info=error)
+        self._forget()
+        self.close()
 
-    def _existing_run(self) -> tuple[str | None, bool]:
+    def close(self) -> None:
+        """Give MLflow's settings back to the caller; its client keeps no connection."""
+        while self._patience_set:
+            os.environ.pop(self._patience_set.pop(), None)
+
+    def _be_patient(self) -> None:
+        for key, value in _PATIENCE.items():
+            if key not in os.environ:
+                os.environ[key] = value
+                self._patience_set.append(key)
+
+    def _choose_run(self) -> None:
         import mlflow
 
         active = mlflow.active_run()
-        if self._run_id is None and active is not None:
-            return active.info.run_id, False
-        return self._run_id or os.environ.get("MLFLOW_RUN_ID") or None, True
+        chosen: str | None = self._given_run_id
+        if chosen is None and active is not None:
+            chosen, self._owned = active.info.run_id, False
+        elif chosen is None:
+            chosen = os.environ.get("MLFLOW_RUN_ID") or None
+        if chosen in _claimed and chosen != self._given_run_id:
+            chosen, self._below, self._owned = None, chosen, True
+        if chosen is not None:
+            _claimed.add(chosen)
+        self._run_id = chosen
 
     def _uri(self) -> str:
         import mlflow
@@ -162,7 +218,8 @@ class MLflowMirror:
         if self._client is None:
             self._client = MlflowClient(tracking_uri=self._uri())
         if self._run is None:
-            known = self._run_id or (record.get("mlflow") or {}).get("run_id")
+            known = self._run_id or self._given_run_id or (record.get("mlflow") or {}).get("run_id")
+            self._created = not known
             self._run = self._client.get_run(known) if known else self._create_run(self._client, record)
         return self._client, self._run
 
@@ -170,6 +227,8 @@ class MLflowMirror:
         from mlflow.tracking.context.registry import resolve_tags
 
         tags = {str(key): str(value) for key, value in resolve_tags().items()}
+        if self._below is not None:
+            tags["mlflow.parentRunId"] = self._below
         git = record.get("git")
         if git:
             tags.setdefault("mlflow.source.git.commit", git["commit"])
@@ -183,7 +242,15 @@ class MLflowMirror:
             if chosen or not name:
                 return chosen or "0"
         experiment = client.get_experiment_by_name(name)
-        return experiment.experiment_id if experiment is not None else client.create_experiment(name)
+        if experiment is None:
+            try:
+                return str(client.create_experiment(name))
+            except Exception:
+                # Another run that starts at the same moment may have made it.
+                experiment = client.get_experiment_by_name(name)
+                if experiment is None:
+                    raise
+        return str(experiment.experiment_id)
 
     def _send_params(self, client: MlflowClient, run: Run, record: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -209,6 +276,8 @@ class MLflowMirror:
         root = record.get("root_run_id")
         if root and root != record.get("run_id") and "mlflow.parentRunId" not in self._sent_tags:
             tags |= self._parent_tag(client, run, str(root))
+        if not record.get("error") and _ERROR_TAG in run.data.tags:
+            tags[_ERROR_TAG] = ""  # Of an attempt that failed before this one.
         fresh = {key: value for key, value in tags.items() if self._sent_tags.get(key) != value}
         if fresh:
             client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in fresh.items()])
@@ -216,14 +285,13 @@ class MLflowMirror:
 
     def _parent_tag(self, client: MlflowClient, run: Run, root: str) -> dict[str, str]:
         from mlflow.exceptions import MlflowException
-        from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
         if "mlflow.parentRunId" in run.data.tags:
             return {}
         try:
             client.get_run(root)
         except MlflowException as error:
-            if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            if error.error_code in REFUSALS:
                 return {}  # The first run was trained without this server.
             raise
         # The root, not the parent: MLflow's list shows one level, so that a chain of resumes stays flat.
@@ -257,12 +325,13 @@ class MLflowMirror:
             model, metadata = journal.folder.model(episode), journal.folder.metadata(episode)
             if not (model.exists() and metadata.exists()):
                 continue  # Pruned meanwhile: the backlog was longer than its limit.
+            sha256 = journal.ledger.saved[episode].get("sha256")
             # Zip first, metadata last, a file at a time: the mirror has the disk's commit protocol.
             client.log_artifact(run.info.run_id, str(model), ARTIFACT_FOLDER)
             client.log_artifact(run.info.run_id, str(metadata), ARTIFACT_FOLDER)
             artifact = f"{ARTIFACT_FOLDER}/{model.name}"
             client.set_tag(run.info.run_id, LATEST_TAG, artifact)
-            journal.add_mirrored(episode, f"runs:/{run.info.run_id}/{artifact}")
+            journal.add_mirrored(episode, f"runs:/{run.info.run_id}/{artifact}", sha256)
 
     def _prune(self, run: Run, journal: RunJournal) -> None:
         removable = self._retention.removable(list(journal.ledger.uris))
@@ -298,10 +367,23 @@ def _parameters(config: Mapping[str, Any]) -> dict[str, str]:
     wanted = {"mode", *inheritable_fields()}
     chosen = {key: value for key, value in config.items() if key in wanted or key not in TrainingConfig.model_fields}
     return {
-        key: str(value)[:_LONGEST_VALUE]
+        _name(key): str(value)[:_LONGEST_VALUE]
         for key, value in flatten(chosen).items()
         if value is not None and value not in ({}, [])
     }
+
+
+def _name(key: str) -> str:
+    """Return a parameter's or metric's name as MLflow takes it: `loss[0]` -> `loss_0_`."""
+    name = re.sub(r"[^\w\-. :/]", "_", key, flags=re.ASCII)[:_LONGEST_NAME]
+    # It also refuses names that are no path in its normal form.
+    return name if posixpath.normpath(name) == name and not name.startswith(("/", ".")) else re.sub(r"[./]", "_", name)
+
+
+def unavailable(error: Exception, uri: str) -> MirrorUnavailableError:
+    """Return the error for an MLflow that does not answer, or that says no."""
+    refused = getattr(error, "error_code", None) in REFUSALS
+    return MirrorUnavailableError("MLflow", redact(uri), redact(str(error)), refused=refused)
 
 
 def _same(present: str, value: str) -> bool:
@@ -324,7 +406,7 @@ def _tags(record: Mapping[str, Any]) -> dict[str, str]:
     if record.get("env_id"):
         tags[f"{_TAG_PREFIX}env_id"] = str(record["env_id"])
     if record.get("error"):
-        tags[f"{_TAG_PREFIX}error"] = f"{record['error']['type']}: {record['error']['message']}"[:_LONGEST_VALUE]
+        tags[_ERROR_TAG] = f"{record['error']['type']}: {record['error']['message']}"[:_LONGEST_VALUE]
     parent = record.get("parent")
     if parent:
         for key in ("run_id", "checkpoint", "episode", "sha256"):
@@ -344,7 +426,7 @@ def _metrics(point: Mapping[str, Any]) -> Sequence[Metric]:
     if timestamp is None or not isinstance(step, int):
         return []
     return [
-        Metric(_METRIC_NAMES.get(key, key), float(value), timestamp, step)
+        Metric(_METRIC_NAMES.get(key) or _name(key), float(value), timestamp, step)
         for key, value in point.items()
         if key != "num_timesteps" and isinstance(value, (int, float)) and not isinstance(value, bool)
     ]

@@ -109,6 +109,10 @@ class MongoMirror:
                 self._send_checkpoints(database, journal, record["run_id"], sent)
                 self._send_curve(database, journal, record["run_id"], sent)
 
+    def cancel(self) -> None:
+        """Close the connections: `open` made nothing that must go."""
+        self.close()
+
     def close(self) -> None:
         """Close the connections; the next use opens others."""
         self._lazy.close()

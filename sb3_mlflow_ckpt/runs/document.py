@@ -44,6 +44,26 @@ def redact_all(value: Any) -> Any:
     return value
 
 
+def plain(value: Any) -> Any:
+    """Return a configuration as plain JSON that reads back as the same settings.
+
+    Infinities, which JSON lacks, become the texts that `TrainingConfig` takes for them; numpy's values become
+    Python's; a class becomes `module:Name`; anything else its text.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, type):
+        return f"{value.__module__}:{value.__qualname__}"
+    # numpy's scalars and arrays, without importing numpy.
+    return plain(value.tolist()) if hasattr(value, "tolist") else str(value)
+
+
 def finite(value: float | None) -> float | None:
     """Return a number as JSON can hold it: None for NaN and infinities."""
     return None if value is None or not math.isfinite(value) else float(value)

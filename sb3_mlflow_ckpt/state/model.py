@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from sb3_mlflow_ckpt.state import normalization
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
+
+logger = logging.getLogger(__name__)
 
 _COUNTERS = (
     "num_timesteps",
@@ -101,6 +104,9 @@ def restore_model(
         RuntimeError: A tensor is of another shape (torch's own message).
     """
     skipped = _ENTROPY_STATE if "ent_coef" in overridden else frozenset({"ent_coef_tensor"})
+    other_optimizer = "policy_kwargs.optimizer_class" in overridden
+    if other_optimizer:
+        logger.warning("Another optimizer_class: the new optimizer starts without the checkpoint's moments")
     for name in model._get_torch_save_params()[0]:
         if name in skipped:
             continue
@@ -108,7 +114,8 @@ def restore_model(
             raise ValueError(f"it holds no {name!r}, which {type(model).__name__} needs")
         target = recursive_getattr(model, name)
         if isinstance(target, th.optim.Optimizer):
-            _restore_optimizer(target, capture.state_dicts[name])
+            if not other_optimizer:
+                _restore_optimizer(target, capture.state_dicts[name])
         else:
             getattr(target, "_orig_mod", target).load_state_dict(capture.state_dicts[name])
     for name, value in capture.variables.items():
@@ -126,6 +133,8 @@ def restore_model(
     normalized = unwrap_vec_normalize(env) if env is not None else None
     if normalized is not None and capture.arrays:
         normalization.restore(normalized, capture.arrays)
+    elif capture.arrays:
+        logger.warning(normalization.NOT_APPLIED)
     if model.use_sde:
         model.policy.reset_noise()  # type: ignore[operator]
 

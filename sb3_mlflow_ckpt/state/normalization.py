@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, NDArray[Any]]
 
+NOT_APPLIED = "The checkpoint holds statistics of VecNormalize, the environment has no VecNormalize: they are not used"
+
 _SETTINGS = ("norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon", "training")
 
 

@@ -6,10 +6,13 @@ overfits them, and HER's cannot be sampled before an episode has ended.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
+
+logger = logging.getLogger(__name__)
 
 
 class ReplayRefill:
@@ -26,6 +29,10 @@ class ReplayRefill:
         if off_policy and self._lacking():
             self._gradient_steps = self._model.gradient_steps
             self._model.gradient_steps = 0
+            logger.warning(
+                "The replay buffer is not part of the checkpoint: no updates until a new one holds %d transitions",
+                self._model.learning_starts,
+            )
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -45,7 +52,8 @@ class ReplayRefill:
 
     def _lacking(self) -> bool:
         buffer = self._model.replay_buffer
-        if buffer.size() * self._model.n_envs < self._model.learning_starts:
+        wanted = min(self._model.learning_starts, buffer.buffer_size * self._model.n_envs)
+        if buffer.size() * self._model.n_envs < wanted:
             return True
         # HER learns from finished episodes only.
         lengths = getattr(buffer, "ep_length", None)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,7 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def workspace(trained: Path, tmp_path: Path) -> Iterator[Path]:
+def workspace(trained: Path, tmp_path: Path) -> Path:
     """A copy of it, with the files that YAML blocks name in their first line."""
     folder = tmp_path / "workspace"
     shutil.copytree(trained, folder)
@@ -58,7 +57,7 @@ def workspace(trained: Path, tmp_path: Path) -> Iterator[Path]:
         name = re.match(r"# (\S+\.yaml)\n", text)
         assert name is not None, f"the block does not say which file it is:\n{text}"
         (folder / name[1]).write_text(text)
-    yield folder
+    return folder
 
 
 def test_the_documents_have_no_command_that_is_not_run_here() -> None:

@@ -12,6 +12,7 @@ import pytest
 from journals import save, start_run
 from mlflow import MlflowClient
 from mlflow_server import MlflowServer
+from processes import wait_for
 from servers import SilentServer
 
 from sb3_mlflow_ckpt.errors import CheckpointNotFoundError, MirrorUnavailableError
@@ -152,6 +153,65 @@ def test_the_newest_n_stay_in_the_mirror_and_removed_ones_are_not_sent_again(tmp
     assert journal.waiting_for_mirror() == set()
 
 
+def test_an_episode_that_is_saved_again_while_it_is_sent_is_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = MLflowMirror(f"sqlite:///{tmp_path}/mlflow.db")
+    journal = _opened(mirror, tmp_path)
+    save(journal, 50)
+    send = MlflowClient.log_artifact
+
+    def send_slowly(client: MlflowClient, run_id: str, path: str, folder: str) -> None:
+        send(client, run_id, path, folder)
+        if path.endswith("ep000050.zip") and Path(path).read_bytes() != b"a later state":
+            save(journal, 50, b"a later state")
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", send_slowly)
+    mirror.replicate(journal)
+    assert journal.waiting_for_mirror() == {50}
+    mirror.replicate(journal)
+    assert journal.waiting_for_mirror() == set()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    copy = mlflow.artifacts.download_artifacts(run_id=mirror.run_id, artifact_path="checkpoints/ep000050.zip")
+    assert Path(copy).read_bytes() == b"a later state"
+
+
+def test_names_that_mlflow_refuses_do_not_keep_the_rest_back(tmp_path: Path, tracking_uri: str) -> None:
+    mirror = MLflowMirror(tracking_uri)
+    journal = _opened(mirror, tmp_path, config={"a$b": 1, "(x)": 2, "y" * 300: 3, "../z": 4, "long": "v" * 9000})
+    journal.add_metrics(_point(10, 1, **{"win rate (%)": 0.5, "loss[0]": 1.0, "/abs": 2.0, "a//b": 3.0}))
+    save(journal, 50)
+    mirror.replicate(journal)
+    run = MlflowClient(tracking_uri).get_run(str(mirror.run_id))
+    assert {"a_b", "_x_", "y" * 250, "___z", "long"} <= set(run.data.params)
+    assert run.data.metrics["win rate ___"] == 0.5
+    assert run.data.metrics["loss_0_"] == 1.0
+
+
+def test_a_second_training_of_the_process_gets_a_run_of_its_own_below_the_first(tmp_path: Path) -> None:
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    with mlflow.start_run() as active:
+        first, second = MLflowMirror(), MLflowMirror()
+        assert first.open({"name": None}) == active.info.run_id
+        below = second.open({"name": None})
+        assert below != active.info.run_id
+        assert MlflowClient().get_run(str(below)).data.tags["mlflow.parentRunId"] == active.info.run_id
+
+
+def test_a_training_that_does_not_start_leaves_no_running_run(tmp_path: Path) -> None:
+    mirror = MLflowMirror(f"sqlite:///{tmp_path}/mlflow.db")
+    run_id = mirror.open({"name": None})
+    mirror.cancel()
+    assert MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(str(run_id)).info.status == "FAILED"
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+
+
+def test_an_unknown_run_is_told_as_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_RUN_ID", "f" * 32)
+    with pytest.raises(MirrorUnavailableError, match=r"refuses: .*not found"):
+        MLflowMirror(f"sqlite:///{tmp_path}/mlflow.db").open({"name": None})
+
+
 def test_an_episode_that_was_saved_again_is_sent_again(tmp_path: Path, tracking_uri: str) -> None:
     mirror = MLflowMirror(tracking_uri)
     journal = _opened(mirror, tmp_path)
@@ -176,7 +236,7 @@ def test_an_outage_is_raised_and_made_good_afterwards(tmp_path: Path, mlflow_ser
     for episode in (50, 100, 150):
         save(journal, episode)
     journal.update(status="completed", ended_at="2026-01-01T00:01:00.000Z")
-    assert not replicator.close(0.1)
+    wait_for(lambda: replicator.failure is not None, "the outage to be seen")
     mlflow_server.start()
     assert replicator.close(120)
     client = MlflowClient(mlflow_server.uri)

@@ -129,7 +129,7 @@ def test_only_what_changed_is_sent(
 
     save(journal, 6)
     prune(journal, 1)
-    journal.add_mirrored(2, "runs:/1/ep000002.zip")
+    note_mirrored(journal, 2, "runs:/1/ep000002.zip")
     mirror.replicate(journal)
     assert commands.take() == {"training_checkpoints": 3}
 

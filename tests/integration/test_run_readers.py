@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from journals import add_point, commit, prune, save, start_run
+from journals import add_point, commit, mirror, prune, save, start_run
 from pymongo import MongoClient
 
 from sb3_mlflow_ckpt.errors import CheckpointCorruptError, CheckpointNotFoundError, RunNotFoundError
@@ -63,8 +63,8 @@ def eventful_run(checkpoint_dir: Path, run_id: str = RUN) -> RunJournal:
     journal = start_run(checkpoint_dir, run_id, config=config)
     for episode in (50, 100, 150, 200, 1_000_000):
         save(journal, episode)
-    journal.add_mirrored(50, "runs:/1/checkpoints/ep000050.zip")
-    journal.add_mirrored(150, "runs:/1/checkpoints/ep000150.zip")
+    mirror(journal, 50, "runs:/1/checkpoints/ep000050.zip")
+    mirror(journal, 150, "runs:/1/checkpoints/ep000150.zip")
     journal.add_unmirrored(150)
     prune(journal, 50)
     prune(journal, 100)
@@ -277,7 +277,7 @@ def test_a_removal_whose_line_is_missing_counts(tmp_path: Path) -> None:
 def test_a_checkpoint_that_was_saved_after_its_removal_is_there_again(tmp_path: Path) -> None:
     journal = start_run(tmp_path, RUN)
     save(journal, 50)
-    journal.add_mirrored(50, "runs:/1/old")
+    mirror(journal, 50, "runs:/1/old")
     prune(journal, 50)
     commit(journal.folder, 50, b"new")
     journal.close()
