@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from journals import add_point, prune, save, start_run
+from journals import mirror as note_mirrored
 from pymongo import MongoClient
 from pymongo.monitoring import CommandListener
 from servers import MongoServer, SilentServer
