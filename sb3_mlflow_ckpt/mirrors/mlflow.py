@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import logging
 import os
-import posixpath
-import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from sb3_mlflow_ckpt.config import TrainingConfig, flatten, inheritable_fields
 from sb3_mlflow_ckpt.errors import MirrorUnavailableError
 from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.layout import ARTIFACT_FOLDER
+from sb3_mlflow_ckpt.mirrors import naming
 from sb3_mlflow_ckpt.policies import KeepLastN
 from sb3_mlflow_ckpt.runs.document import TERMINAL_STATUSES, redact
 
@@ -32,20 +29,8 @@ LATEST_TAG = "mlflow.latest_checkpoint_artifact"
 REFUSALS = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE", "PERMISSION_DENIED")
 """MLflow's error codes of a server that answered, and said no."""
 _STATUS = {"completed": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
-_TAG_PREFIX = "sb3_mlflow_ckpt."
-_ERROR_TAG = f"{_TAG_PREFIX}error"
-_EPISODES_METRIC = "rollout/episodes"
-# Columns of the learning curve, under the names that SB3's own logger gives them.
-_METRIC_NAMES = {
-    "ep_rew_mean": "rollout/ep_rew_mean",
-    "ep_len_mean": "rollout/ep_len_mean",
-    "episode": _EPISODES_METRIC,
-    "steps_per_second": "time/steps_per_second",
-}
 _METRICS_PER_BATCH = 900  # MLflow takes 1,000 of all kinds
 _PARAMS_PER_BATCH = 100
-_LONGEST_VALUE = 6000
-_LONGEST_NAME = 250
 # The runs that trainings of this process write to.
 _claimed: set[str] = set()
 # MLflow's own defaults retry for minutes; the replicator retries on its own schedule, off the training thread.
@@ -259,10 +244,10 @@ class MLflowMirror:
             return
         present = client.get_run(run.info.run_id).data.params
         params = []
-        for key, value in _parameters(record.get("config") or {}).items():
+        for key, value in naming.parameters(record.get("config") or {}).items():
             # Parameters cannot be changed: where `mlflow run` logged the text it was given (`inherit`, say),
             # what it came to stands beside it.
-            name = key if key not in present or _same(present[key], value) else f"resolved.{key}"
+            name = key if key not in present or naming.same(present[key], value) else f"resolved.{key}"
             if name not in present:
                 params.append(Param(name, value))
         for start in range(0, len(params), _PARAMS_PER_BATCH):
@@ -272,12 +257,12 @@ class MLflowMirror:
     def _send_tags(self, client: MlflowClient, run: Run, record: Mapping[str, Any]) -> None:
         from mlflow.entities import RunTag
 
-        tags = _tags(record)
+        tags = naming.tags(record)
         root = record.get("root_run_id")
         if root and root != record.get("run_id") and "mlflow.parentRunId" not in self._sent_tags:
             tags |= self._parent_tag(client, run, str(root))
-        if not record.get("error") and _ERROR_TAG in run.data.tags:
-            tags[_ERROR_TAG] = ""  # Of an attempt that failed before this one.
+        if not record.get("error") and naming.ERROR_TAG in run.data.tags:
+            tags[naming.ERROR_TAG] = ""  # Of an attempt that failed before this one.
         fresh = {key: value for key, value in tags.items() if self._sent_tags.get(key) != value}
         if fresh:
             client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in fresh.items()])
@@ -302,12 +287,12 @@ class MLflowMirror:
 
         if self._metrics_until is None:
             # An earlier process may have sent a part: what MLflow has says from where on to send.
-            history = client.get_metric_history(run.info.run_id, _EPISODES_METRIC)
+            history = client.get_metric_history(run.info.run_id, naming.EPISODES_METRIC)
             self._metrics_until = max((metric.timestamp for metric in history), default=-1)
         points, offset = read_lines(journal.folder.metrics, self._metrics_offset)
         batch: list[Metric] = []
         for point in points:
-            metrics = _metrics(point)
+            metrics = naming.metrics(point)
             if not metrics or metrics[0].timestamp <= self._metrics_until:
                 continue
             if len(batch) + len(metrics) > _METRICS_PER_BATCH:
@@ -318,7 +303,7 @@ class MLflowMirror:
             client.log_batch(run.info.run_id, metrics=batch)
         self._metrics_offset = offset
         if points:
-            self._metrics_until = max(self._metrics_until, *(m.timestamp for m in _metrics(points[-1])[:1]), -1)
+            self._metrics_until = max(self._metrics_until, *(m.timestamp for m in naming.metrics(points[-1])[:1]), -1)
 
     def _send_checkpoints(self, client: MlflowClient, run: Run, journal: RunJournal) -> None:
         for episode in sorted(journal.waiting_for_mirror()):
@@ -356,84 +341,15 @@ class MLflowMirror:
         if attempt_status == self._sent_status or not self._owned:
             return
         if status in TERMINAL_STATUSES:
-            client.set_terminated(run.info.run_id, _STATUS[status], end_time=_milliseconds(record.get("ended_at")))
+            client.set_terminated(
+                run.info.run_id, _STATUS[status], end_time=naming.milliseconds(record.get("ended_at"))
+            )
         elif run.info.status != "RUNNING" or self._sent_status is not None:
             client.update_run(run.info.run_id, status="RUNNING")
         self._sent_status = attempt_status
-
-
-def _parameters(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return what of a configuration is logged as parameters: what decides the training, not where it runs."""
-    wanted = {"mode", *inheritable_fields()}
-    chosen = {key: value for key, value in config.items() if key in wanted or key not in TrainingConfig.model_fields}
-    return {
-        _name(key): str(value)[:_LONGEST_VALUE]
-        for key, value in flatten(chosen).items()
-        if value is not None and value not in ({}, [])
-    }
-
-
-def _name(key: str) -> str:
-    """Return a parameter's or metric's name as MLflow takes it: `loss[0]` -> `loss_0_`."""
-    name = re.sub(r"[^\w\-. :/]", "_", key, flags=re.ASCII)[:_LONGEST_NAME]
-    # It also refuses names that are no path in its normal form.
-    return name if posixpath.normpath(name) == name and not name.startswith(("/", ".")) else re.sub(r"[./]", "_", name)
 
 
 def unavailable(error: Exception, uri: str) -> MirrorUnavailableError:
     """Return the error for an MLflow that does not answer, or that says no."""
     refused = getattr(error, "error_code", None) in REFUSALS
     return MirrorUnavailableError("MLflow", redact(uri), redact(str(error)), refused=refused)
-
-
-def _same(present: str, value: str) -> bool:
-    if present == value:
-        return True
-    try:
-        return float(present) == float(value)
-    except ValueError:
-        return False
-
-
-def _tags(record: Mapping[str, Any]) -> dict[str, str]:
-    tags = {
-        f"{_TAG_PREFIX}run_id": str(record["run_id"]),
-        f"{_TAG_PREFIX}agent_id": str(record["agent_id"]),
-        f"{_TAG_PREFIX}algo": str(record["algo"]),
-        f"{_TAG_PREFIX}status": str(record["status"]),
-        f"{_TAG_PREFIX}root_run_id": str(record.get("root_run_id")),
-    }
-    if record.get("env_id"):
-        tags[f"{_TAG_PREFIX}env_id"] = str(record["env_id"])
-    if record.get("error"):
-        tags[_ERROR_TAG] = f"{record['error']['type']}: {record['error']['message']}"[:_LONGEST_VALUE]
-    parent = record.get("parent")
-    if parent:
-        for key in ("run_id", "checkpoint", "episode", "sha256"):
-            tags[f"{_TAG_PREFIX}parent.{key}"] = str(parent.get(key))
-        changed = ", ".join(f"{key} {d['from']} -> {d['to']}" for key, d in (record.get("overrides") or {}).items())
-        tags["mlflow.note.content"] = (
-            f"Resumed from episode {parent['episode']} of run {parent['run_id']} ({parent['checkpoint']})"
-            + (f" with {changed}." if changed else ".")
-        )[:_LONGEST_VALUE]
-    return tags
-
-
-def _metrics(point: Mapping[str, Any]) -> Sequence[Metric]:
-    from mlflow.entities import Metric
-
-    timestamp, step = _milliseconds(point.get("time")), point.get("num_timesteps")
-    if timestamp is None or not isinstance(step, int):
-        return []
-    return [
-        Metric(_METRIC_NAMES.get(key) or _name(key), float(value), timestamp, step)
-        for key, value in point.items()
-        if key != "num_timesteps" and isinstance(value, (int, float)) and not isinstance(value, bool)
-    ]
-
-
-def _milliseconds(timestamp: Any) -> int | None:
-    try:
-        return int(datetime.fromisoformat(str(timestamp).replace("Z", "+00:00")).timestamp() * 1000)
-    except ValueError:
-        return None

@@ -26,7 +26,7 @@ class ReplayRefill:
         self._model = cast("Any", model)
         self._gradient_steps: int | None = None
         off_policy = getattr(model, "replay_buffer", None) is not None and hasattr(self._model, "gradient_steps")
-        if off_policy and self._lacking():
+        if off_policy and self._lost() and self._lacking():
             self._gradient_steps = self._model.gradient_steps
             self._model.gradient_steps = 0
             logger.warning(
@@ -49,6 +49,10 @@ class ReplayRefill:
         if self._gradient_steps is not None:
             self._model.gradient_steps = self._gradient_steps
             self._gradient_steps = None
+
+    def _lost(self) -> bool:
+        buffer, n_envs = self._model.replay_buffer, self._model.n_envs
+        return bool(buffer.size() * n_envs < min(self._model.num_timesteps, buffer.buffer_size * n_envs))
 
     def _lacking(self) -> bool:
         buffer = self._model.replay_buffer

@@ -1,0 +1,102 @@
+"""Owns what things are called in MLflow: a record's parameters, tags and metrics. Sends nothing."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from sb3_mlflow_ckpt.config import TrainingConfig, flatten, inheritable_fields
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+
+TAG_PREFIX = "sb3_mlflow_ckpt."
+ERROR_TAG = f"{TAG_PREFIX}error"
+EPISODES_METRIC = "rollout/episodes"
+# Columns of the learning curve, under the names that SB3's own logger gives them.
+_METRIC_NAMES = {
+    "ep_rew_mean": "rollout/ep_rew_mean",
+    "ep_len_mean": "rollout/ep_len_mean",
+    "episode": EPISODES_METRIC,
+    "steps_per_second": "time/steps_per_second",
+}
+_LONGEST_VALUE = 6000
+_LONGEST_NAME = 250
+
+
+def parameters(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return what of a configuration is logged as parameters: what decides the training, not where it runs."""
+    wanted = {"mode", *inheritable_fields()}
+    chosen = {key: value for key, value in config.items() if key in wanted or key not in TrainingConfig.model_fields}
+    return {
+        _name(key): str(value)[:_LONGEST_VALUE]
+        for key, value in flatten(chosen).items()
+        if value is not None and value not in ({}, [])
+    }
+
+
+def _name(key: str) -> str:
+    """Return a parameter's or metric's name as MLflow takes it: `loss[0]` -> `loss_0_`."""
+    name = re.sub(r"[^\w\-. :/]", "_", key, flags=re.ASCII)[:_LONGEST_NAME]
+    # It also refuses names that are no path in its normal form.
+    return name if posixpath.normpath(name) == name and not name.startswith(("/", ".")) else re.sub(r"[./]", "_", name)
+
+
+def same(present: str, value: str) -> bool:
+    """Return whether two texts of a parameter say the same: `7.0` is what `mlflow run` makes of 7."""
+    if present == value:
+        return True
+    try:
+        return float(present) == float(value)
+    except ValueError:
+        return False
+
+
+def tags(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return a record's tags: what it is, where it came from, and that in a sentence."""
+    named = {
+        f"{TAG_PREFIX}run_id": str(record["run_id"]),
+        f"{TAG_PREFIX}agent_id": str(record["agent_id"]),
+        f"{TAG_PREFIX}algo": str(record["algo"]),
+        f"{TAG_PREFIX}status": str(record["status"]),
+        f"{TAG_PREFIX}root_run_id": str(record.get("root_run_id")),
+    }
+    if record.get("env_id"):
+        named[f"{TAG_PREFIX}env_id"] = str(record["env_id"])
+    if record.get("error"):
+        named[ERROR_TAG] = f"{record['error']['type']}: {record['error']['message']}"[:_LONGEST_VALUE]
+    parent = record.get("parent")
+    if parent:
+        for key in ("run_id", "checkpoint", "episode", "sha256"):
+            named[f"{TAG_PREFIX}parent.{key}"] = str(parent.get(key))
+        changed = ", ".join(f"{key} {d['from']} -> {d['to']}" for key, d in (record.get("overrides") or {}).items())
+        named["mlflow.note.content"] = (
+            f"Resumed from episode {parent['episode']} of run {parent['run_id']} ({parent['checkpoint']})"
+            + (f" with {changed}." if changed else ".")
+        )[:_LONGEST_VALUE]
+    return named
+
+
+def metrics(point: Mapping[str, Any]) -> Sequence[Metric]:
+    """Return a point of the learning curve as metrics at its step and time; empty for one that lacks either."""
+    from mlflow.entities import Metric
+
+    timestamp, step = milliseconds(point.get("time")), point.get("num_timesteps")
+    if timestamp is None or not isinstance(step, int):
+        return []
+    return [
+        Metric(_METRIC_NAMES.get(key) or _name(key), float(value), timestamp, step)
+        for key, value in point.items()
+        if key != "num_timesteps" and isinstance(value, (int, float)) and not isinstance(value, bool)
+    ]
+
+
+def milliseconds(timestamp: Any) -> int | None:
+    """Return a record's time as MLflow counts it, or None for what is no time."""
+    try:
+        return int(datetime.fromisoformat(str(timestamp).replace("Z", "+00:00")).timestamp() * 1000)
+    except ValueError:
+        return None
