@@ -42,7 +42,9 @@ def print_run(run: Mapping[str, Any]) -> None:
         table = Table("checkpoint", "episode", "timesteps", "reward", "trigger", "state", box=None)
         for item in checkpoints:
             cells = (item.get(key) for key in ("episode", "num_timesteps", "mean_reward", "trigger", "state"))
-            table.add_row(escape(str(item.get("path"))), *(_text(cell) for cell in cells))
+            # What can be typed after --resume-from-checkpoint: the copy in MLflow where the disk has it no more.
+            where = item.get("path") if item.get("on_disk") else item.get("uri") or item.get("path")
+            table.add_row(escape(str(where)), *(_text(cell) for cell in cells))
         console.print(table)
 
 
