@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 import pytest
 from mlflow_server import MlflowServer
 from servers import MongoServer, SilentServer, real_mongo_uri
+
+# Before torch is imported: threads that wait for one another are slow where servers share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MongoServerFactory = Callable[[], MongoServer]
 
