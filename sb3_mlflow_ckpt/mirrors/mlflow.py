@@ -89,6 +89,7 @@ class MLflowMirror:
         self._retention = KeepLastN(keep_last_n)
         self._client: MlflowClient | None = None
         self._patience_set: list[str] = []
+        self._trains = False
         # A request of an earlier training that still hangs must not meet one of the next.
         self._lock = threading.Lock()
         self._forget()
@@ -119,6 +120,7 @@ class MLflowMirror:
             MirrorUnavailableError: MLflow does not answer within seconds, or refuses.
         """
         self._be_patient()
+        self._trains = True
         if self._run is None or not record.get("run_id"):
             self._forget()
             self._choose_run()
@@ -204,9 +206,24 @@ class MLflowMirror:
             self._client = MlflowClient(tracking_uri=self._uri())
         if self._run is None:
             known = self._run_id or self._given_run_id or (record.get("mlflow") or {}).get("run_id")
-            self._created = not known
-            self._run = self._client.get_run(known) if known else self._create_run(self._client, record)
+            self._run = self._client.get_run(known) if known else self._run_of_folder(self._client, record)
+            self._created = self._run is None
+            if self._run is None:
+                self._run = self._create_run(self._client, record)
         return self._client, self._run
+
+    def _run_of_folder(self, client: MlflowClient, record: Mapping[str, Any]) -> Run | None:
+        """Return the run that a folder is named after: a trainer may die before it has noted where it is tracked."""
+        from mlflow.exceptions import MlflowException
+
+        if not record.get("run_id"):
+            return None
+        try:
+            return client.get_run(str(record["run_id"]))
+        except MlflowException as error:
+            if error.error_code in REFUSALS:
+                return None
+            raise
 
     def _create_run(self, client: MlflowClient, record: Mapping[str, Any]) -> Run:
         from mlflow.tracking.context.registry import resolve_tags
@@ -344,7 +361,8 @@ class MLflowMirror:
             client.set_terminated(
                 run.info.run_id, _STATUS[status], end_time=naming.milliseconds(record.get("ended_at"))
             )
-        elif run.info.status != "RUNNING" or self._sent_status is not None:
+        elif self._trains and (run.info.status != "RUNNING" or self._sent_status is not None):
+            # Not by a sync: the record of a killed trainer says "running" for ever.
             client.update_run(run.info.run_id, status="RUNNING")
         self._sent_status = attempt_status
 

@@ -44,7 +44,7 @@ record = new_record(run_id="run", agent_id="a", name=None, algo="ppo", env_id=No
                     parent=None, root_run_id=None, heartbeat_seconds=3600, environment={})
 for name in ("replace", "fsync", "unlink"):
     setattr(os, name, dying(getattr(os, name)))
-live = LiveRun(RunFolder(Path("checkpoints"), "a", "run"), record, [], RunOptions(retention=KeepLastN(2)))
+live = LiveRun(RunFolder(Path("checkpoints"), "a", "run"), record, [], RunOptions(retention=KeepLastN(2)), fresh=False)
 for steps, episode in enumerate([1, 2, 2, 3], start=1):
     model.num_timesteps = steps
     live.save(capture_checkpoint(model, agent_id="a", run_id="run", episode=episode))

@@ -309,6 +309,7 @@ def test_sending_what_a_killed_trainer_left_does_not_bring_it_back_to_life_in_ml
         cwd=launcher.cwd, env=launcher.env, capture_output=True, text=True, timeout=DEADLINE,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    assert launcher.runs() == {run_id}, "it was sent to a run of its own"
     names = {f"checkpoints/{path.name}" for path in list_checkpoints(launcher.cwd / "checkpoints")}
     assert names <= set(_artifacts(launcher.client, run_id))
     assert launcher.client.get_run(run_id).info.status == "FAILED"

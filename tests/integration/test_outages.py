@@ -217,7 +217,7 @@ def test_services_that_are_killed_and_come_back_in_mid_training_miss_nothing(
     # What waited for MLflow has gone by now, as retention says.
     assert len(training.on_disk) == 3
     for name in ("MLflow", "MongoDB"):
-        assert log.count(f"{name} cannot be reached; training goes on") == 1
+        assert log.count(f"{name} is behind; training goes on") == 1
         assert log.count(f"{name} answers again") == 1
     assert "Traceback" not in log
     # An outage is told once, not at each attempt by the clients' own libraries.
@@ -387,7 +387,7 @@ def test_credentials_are_in_nothing_that_is_written_or_printed(
     mlflow_server.stop()
     training.advance(100)
     # A failure to reach it is told with its address.
-    wait_for(lambda: "MLflow cannot be reached" in training.log.read_text(), "the warning", training.process)
+    wait_for(lambda: "MLflow is behind; training goes on" in training.log.read_text(), "the warning", training.process)
     mlflow_server.start()
     training.release()
     log = training.end()
