@@ -187,6 +187,8 @@ class EpisodeCheckpointCallback(BaseCallback):
             self.run_id = self._open_mirrors(record)
             self._root_run_id = self._root_run_id or self.run_id
             record |= {"run_id": self.run_id, "root_run_id": self._root_run_id}
+            for mirror in self._mirrors:
+                record |= mirror.describe()
             folder = RunFolder(self._checkpoint_dir, self.agent_id, self.run_id)
             self._live = LiveRun(folder, record, self._mirrors, self._options, fresh=fresh)
         except BaseException:

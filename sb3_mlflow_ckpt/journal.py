@@ -167,7 +167,7 @@ class RunJournal:
         """Write the record of a run that starts, or starts again in its own folder (its attempt counts up)."""
         with self._lock:
             attempt = int(self._record.get("attempt", 0)) + 1
-            kept = {key: self._record[key] for key in ("started_at", "mlflow", "parent") if self._record.get(key)}
+            kept = {key: self._record[key] for key in ("started_at", "parent") if self._record.get(key)}
             self._record = {**record, **kept, "attempt": attempt}
             self._write_record()
         self._notify()

@@ -81,9 +81,10 @@ class LiveRun:
         if fresh and committed_episodes(folder):
             self._journal.close()
             raise RunFolderTakenError(folder.path)
+        # Before any thread of this run writes: what lies about half-written is a dead writer's.
+        sweep_dead_writers(folder)
         self._journal.start({**record, "mirrors": [mirror.name for mirror in mirrors]})
         self._writer = BackgroundWriter()
-        self._writer.submit(lambda: sweep_dead_writers(folder))
         self._replicators = [Replicator(mirror, self._journal) for mirror in mirrors]
         for replicator in self._replicators:
             replicator.start()
@@ -139,19 +140,25 @@ class LiveRun:
             self._ended.set()
             self._heartbeat.join()
             self._record_end(status, error)
-            behind = close_all(self._replicators, self._sync_timeout(status), hurry)
+            timeout = self._sync_timeout(status)
+            behind = close_all(self._storing(True), timeout, hurry)
+            # What waited for its copy may go now, and that is a fact the others are still to be told.
+            self._prune()
+            behind += close_all(self._storing(False), timeout, hurry)
             for name in behind:
                 logger.warning(
                     "%s misses a part of this run; send it with: sb3-mlflow-ckpt checkpoints sync --checkpoint-dir %s",
                     name,
-                    self.folder.checkpoint_dir,
+                    self.folder.checkpoint_dir.absolute(),
                 )
-            self._prune()
         finally:
             # Ctrl-C in the middle of the above must not leave the folder locked in a living process.
             self._ended.set()
             self._journal.close()
         return behind
+
+    def _storing(self, stores_checkpoints: bool) -> list[Replicator]:
+        return [r for r in self._replicators if r.mirror.stores_checkpoints == stores_checkpoints]
 
     def _sync_timeout(self, status: str) -> float:
         timeout = self._options.sync_timeout_seconds

@@ -45,6 +45,10 @@ class Mirror(Protocol):
         """
         ...
 
+    def describe(self) -> dict[str, Any]:
+        """Return what the record says of the mirror after `open`, so that a later `sync` finds it again."""
+        ...
+
     def replicate(self, journal: RunJournal) -> None:
         """Send everything that the journal has and the mirror has not. Idempotent; raises on an outage."""
         ...

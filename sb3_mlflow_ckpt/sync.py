@@ -9,11 +9,14 @@ from typing import Any
 
 from sb3_mlflow_ckpt.checkpoints import run_folders
 from sb3_mlflow_ckpt.config import TrainingConfig
-from sb3_mlflow_ckpt.errors import CheckpointError, RunFolderBusyError
+from sb3_mlflow_ckpt.errors import CheckpointError, ConfigError, RunFolderBusyError
 from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.replication import Mirror
 from sb3_mlflow_ckpt.runs.document import redact
+
+_HIDDEN = "***"
+_DATABASE = str(TrainingConfig.model_fields["mongo_db"].default)
 
 
 @dataclass(frozen=True)
@@ -38,20 +41,20 @@ def sync_runs(
     agent_id: str | None = None,
     tracking_uri: str | None = None,
     mongo_uri: str | None = None,
-    mongo_db: str = str(TrainingConfig.model_fields["mongo_db"].default),
+    mongo_db: str | None = None,
 ) -> list[SyncResult]:
     """Send what MLflow and MongoDB lack of the runs below a checkpoint folder. Doing it twice changes nothing.
 
-    A run that is tracked in MLflow is sent there, where `tracking_uri` is given also one that was not. A run that
-    is training now is left to its own process.
+    A run is sent to the mirrors that it had, and to those that are named here. A run that is training now is left
+    to its own process.
 
     Args:
         checkpoint_dir: The folder that holds agents' folders.
         run_id: Only this run.
         agent_id: Only this agent.
         tracking_uri: MLflow's tracking URI; the run's own where it is None.
-        mongo_uri: The database; none where it is None.
-        mongo_db: The database's name.
+        mongo_uri: The MongoDB; the run's own where it is None.
+        mongo_db: The database's name; the run's own where it is None.
 
     Raises:
         InvalidIdError: An id could leave the folder.
@@ -69,7 +72,11 @@ def sync_runs(
             results.append(SyncResult(folder.path, "", str(error)))
             continue
         try:
-            mirrors = _mirrors(journal.record, tracking_uri, mongo_uri, mongo_db)
+            try:
+                mirrors = _mirrors(journal.record, tracking_uri, mongo_uri, mongo_db)
+            except ConfigError as error:
+                results.append(SyncResult(folder.path, "", str(error)))
+                continue
             results += [_send(folder, journal, mirror) for mirror in mirrors]
             if not mirrors:
                 results.append(SyncResult(folder.path, "no mirror", None))
@@ -90,19 +97,40 @@ def _send(folder: RunFolder, journal: RunJournal, mirror: Mirror) -> SyncResult:
     return SyncResult(folder.path, mirror.name, None)
 
 
-def _mirrors(record: Mapping[str, Any], tracking_uri: str | None, mongo_uri: str | None, mongo_db: str) -> list[Mirror]:
+def _mirrors(
+    record: Mapping[str, Any], tracking_uri: str | None, mongo_uri: str | None, mongo_db: str | None
+) -> list[Mirror]:
+    """Return the mirrors of a run: those that its record names, at the addresses given or else at its own.
+
+    Raises:
+        ConfigError: The record's address lacks the password that it had.
+    """
     mirrors: list[Mirror] = []
-    if tracking_uri is not None or "MLflow" in record.get("mirrors", ()):
+    names = record.get("mirrors", ())
+    if tracking_uri is not None or "MLflow" in names:
         from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror
 
-        known = (record.get("mlflow") or {}).get("tracking_uri")
+        known = record.get("mlflow") or {}
         keep = (record.get("config") or {}).get("mlflow_keep_last_n_checkpoints", 0)
-        # A credential was removed from what the record says: then MLflow's own setting has to know the server.
-        mirrors.append(
-            MLflowMirror(tracking_uri or (known if known and "***" not in known else None), keep_last_n=keep)
-        )
-    if mongo_uri is not None:
+        address = tracking_uri or _tracking_uri(known.get("tracking_uri"))
+        mirrors.append(MLflowMirror(address, known.get("experiment_name"), keep_last_n=keep))
+    if mongo_uri is not None or "MongoDB" in names:
         from sb3_mlflow_ckpt.mirrors.mongo import MongoMirror
 
-        mirrors.append(MongoMirror(mongo_uri, mongo_db))
+        known = record.get("mongo") or {}
+        address = mongo_uri or known.get("uri")
+        if not address or _HIDDEN in address:
+            raise ConfigError("mongo_uri", f"is needed: the record knows it without its password ({address})")
+        mirrors.append(MongoMirror(address, mongo_db or known.get("database") or _DATABASE))
     return mirrors
+
+
+def _tracking_uri(known: str | None) -> str | None:
+    if not known or _HIDDEN not in known:
+        return known or None
+    import mlflow
+
+    # Its password is not in the record; MLflow's own setting may have it.
+    if redact(mlflow.get_tracking_uri()) == known:
+        return None
+    raise ConfigError("tracking_uri", f"is needed: the record knows it without its password ({known})")

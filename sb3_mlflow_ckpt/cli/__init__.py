@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from sb3_mlflow_ckpt.cli.commands import FAILURE_EXIT_CODE, Command, Group
 from sb3_mlflow_ckpt.cli.options import (
@@ -201,7 +202,8 @@ def sync_command(
         agent_id=agent_id,
         tracking_uri=tracking_uri,
         mongo_uri=mongo_uri,
-        mongo_db=mongo_db,
+        # The option's default must not win over the database that the run was sent to.
+        mongo_db=None if ctx.get_parameter_source("mongo_db") is ParameterSource.DEFAULT else mongo_db,
     )
     for result in results:
         click.echo(": ".join(filter(None, (str(result.folder), result.mirror, result.error or "ok"))))

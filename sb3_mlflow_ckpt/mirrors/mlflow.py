@@ -133,6 +133,18 @@ class MLflowMirror:
             raise unavailable(error, self._uri()) from None
         return self.run_id
 
+    def describe(self) -> dict[str, Any]:
+        """Return where the run is tracked, or is to be once MLflow answers; without credentials."""
+        info = self._run.info if self._run is not None else None
+        return {
+            "mlflow": {
+                "tracking_uri": redact(str(self._uri())),
+                "experiment_name": self._experiment_name,
+                "experiment_id": info.experiment_id if info is not None else None,
+                "run_id": info.run_id if info is not None else None,
+            }
+        }
+
     def replicate(self, journal: RunJournal) -> None:
         """Send everything that MLflow lacks: the run, checkpoints, parameters, tags, metrics, then the status."""
         with self._lock:
@@ -142,14 +154,8 @@ class MLflowMirror:
     def _replicate(self, journal: RunJournal) -> None:
         record = journal.record
         client, run = self._connect(record)
-        if not record.get("mlflow") or record["mlflow"].get("run_id") != run.info.run_id:
-            journal.update(
-                mlflow={
-                    "tracking_uri": redact(str(self._uri())),
-                    "experiment_id": run.info.experiment_id,
-                    "run_id": run.info.run_id,
-                }
-            )
+        if (record.get("mlflow") or {}).get("run_id") != run.info.run_id:
+            journal.update(**self.describe())
         self._send_tags(client, run, record)
         self._send_checkpoints(client, run, journal)
         self._send_params(client, run, record)
@@ -234,7 +240,12 @@ class MLflowMirror:
         git = record.get("git")
         if git:
             tags.setdefault("mlflow.source.git.commit", git["commit"])
-        return client.create_run(self._experiment_id(client), tags=tags, run_name=record.get("name"))
+        return client.create_run(
+            self._experiment_id(client),
+            start_time=naming.milliseconds(record.get("started_at")),
+            tags=tags,
+            run_name=record.get("name"),
+        )
 
     def _experiment_id(self, client: MlflowClient) -> str:
         name = self._experiment_name

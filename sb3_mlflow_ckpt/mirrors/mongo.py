@@ -19,7 +19,7 @@ from pymongo.errors import DuplicateKeyError
 
 from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.journal import RunJournal
-from sb3_mlflow_ckpt.runs.document import SCHEMA_VERSION
+from sb3_mlflow_ckpt.runs.document import SCHEMA_VERSION, redact
 from sb3_mlflow_ckpt.runs.folder import curve_points, entry
 from sb3_mlflow_ckpt.runs.mongo import (
     CHECKPOINTS,
@@ -90,6 +90,10 @@ class MongoMirror:
         with answering(self._lazy.uri):
             self._lazy.get().command("ping")
         return None
+
+    def describe(self) -> dict[str, Any]:
+        """Return which database it is, without credentials."""
+        return {"mongo": {"uri": redact(self._lazy.uri), "database": self._lazy.name}}
 
     def replicate(self, journal: RunJournal) -> None:
         """Send everything that the journal has and the database has not.

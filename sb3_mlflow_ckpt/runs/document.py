@@ -127,6 +127,7 @@ def new_record(
             "ended_at": None,
             "error": None,
             "mlflow": None,
+            "mongo": None,
             **dict(environment),
         }
     )
