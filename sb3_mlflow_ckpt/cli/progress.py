@@ -16,7 +16,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
 
 from sb3_mlflow_ckpt.callback import EpisodeCheckpointCallback
-from sb3_mlflow_ckpt.config import TrainingConfig
+from sb3_mlflow_ckpt.config import ENVIRONMENT_PREFIX, TrainingConfig
 from sb3_mlflow_ckpt.trainer import ResolvedTraining, TrainingResult
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -76,7 +76,7 @@ class TerminalReporter:
             self._print(f"MLflow run:  {result.mlflow_run_id}")
         if result.checkpoint is not None:
             total = 2 * config.total_timesteps if result.num_timesteps >= config.total_timesteps else None
-            self._print(f"Resume with: {resume_command(config, result.checkpoint, total)}")
+            self._print_resume(config, resume_command(config, result.checkpoint, total))
 
     def interrupted(self, config: TrainingConfig, checkpoint: Path | None) -> None:
         """Print how to go on after a signal."""
@@ -84,7 +84,14 @@ class TerminalReporter:
             self._print("Interrupted; no checkpoint was saved")
         else:
             self._print("Interrupted; the state was saved")
-            self._print(f"Resume with: {resume_command(config, checkpoint)}")
+            self._print_resume(config, resume_command(config, checkpoint))
+
+    def _print_resume(self, config: TrainingConfig, command: str) -> None:
+        self._print(f"Resume with: {command}")
+        shown = config.to_json()
+        for key in ("tracking_uri", "mongo_uri"):
+            if shown[key] != getattr(config, key):
+                self._print(f"  {key} holds a password: give it again, as {ENVIRONMENT_PREFIX}{key.upper()}")
 
     def _print(self, text: str) -> None:
         # A command must be copyable: no wrapping, no markup, no highlighting.

@@ -10,13 +10,12 @@ import math
 import re
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import Any, Literal
+from typing import Any
 
 from sb3_mlflow_ckpt.metadata import timestamp_now
 
 SCHEMA_VERSION = 1
 
-Status = Literal["running", "completed", "failed", "interrupted"]
 TERMINAL_STATUSES: tuple[str, ...] = ("completed", "failed", "interrupted")
 
 # A credential in any URI: everything between "//" and the last "@" before the path.
