@@ -106,6 +106,21 @@ class TrainingConfig(BaseModel):
         json_schema_extra=_PER_LAUNCH,
     )
 
+    resume_state: Literal["auto", "exact", "weights"] = Field(
+        "auto",
+        description="What checkpoints hold and a resume restores: `exact` is everything that decides how training "
+        "goes on, `auto` the same but for a replay buffer of over 2 GiB, `weights` only parameters and counters",
+        json_schema_extra=_PER_LAUNCH,
+    )
+    save_replay_buffer: Literal["auto", "always", "never"] = Field(
+        "auto", description="Whether checkpoints hold the replay buffer; `auto` up to a full capacity of 2 GiB"
+    )
+    trust_checkpoint: bool = Field(
+        False,
+        description="Unpickle what the checkpoint holds: that can run any code, so only of a file that you trust",
+        json_schema_extra=_PER_LAUNCH,
+    )
+
     algo: str = Field(
         "ppo", min_length=1, description="An algorithm of SB3 or sb3-contrib by its lower-case name, or `module:Class`"
     )
