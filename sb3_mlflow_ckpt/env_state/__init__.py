@@ -1,0 +1,1 @@
+"""Owns the state of single environments: recorded, captured and put back inside the process that steps them."""
