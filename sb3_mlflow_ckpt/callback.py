@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,12 @@ from sb3_mlflow_ckpt.algorithms import algorithm_name, describe_model
 from sb3_mlflow_ckpt.checkpoints import note_origin, origin
 from sb3_mlflow_ckpt.commit import capture_checkpoint, prepare_folder
 from sb3_mlflow_ckpt.curve import CurveSampler
-from sb3_mlflow_ckpt.errors import CheckpointSaveError, MirrorUnavailableError, TrainingInterrupted
+from sb3_mlflow_ckpt.errors import (
+    CheckpointSaveError,
+    IncompatibleCheckpointError,
+    MirrorUnavailableError,
+    TrainingInterrupted,
+)
 from sb3_mlflow_ckpt.interruption import ExitGuard, SignalGuard
 from sb3_mlflow_ckpt.layout import RunFolder, check_id
 from sb3_mlflow_ckpt.live_run import LiveRun, RunOptions
@@ -24,12 +30,18 @@ from sb3_mlflow_ckpt.metadata import ParentReference
 from sb3_mlflow_ckpt.policies import EveryNEpisodes, KeepLastN, MirrorBacklog
 from sb3_mlflow_ckpt.provenance import environment
 from sb3_mlflow_ckpt.replication import Mirror
+from sb3_mlflow_ckpt.resumption import Resumption, ResumeState
 from sb3_mlflow_ckpt.runs.document import new_record, plain
+from sb3_mlflow_ckpt.state.callbacks import CallbackStates
+from sb3_mlflow_ckpt.state.exact import ExactCapture, capture_exact
 from sb3_mlflow_ckpt.state.model import all_finite
-from sb3_mlflow_ckpt.state.replay import ReplayRefill
+from sb3_mlflow_ckpt.state.safe_point import SafePoint, SafePointWatch
 
 logger = logging.getLogger(__name__)
 
+# A signal's sender kills some seconds later: Kubernetes after 30 s.
+_SAFE_POINT_SECONDS = 5.0
+_MID_STEP = "it was saved in the middle of a step"
 _START_OFFLINE = "with start_offline it trains at once and sends the records when it is back"
 
 
@@ -54,6 +66,9 @@ class EpisodeCheckpointCallback(BaseCallback):
         mirrors: Copies elsewhere: `MLflowMirror()`, `MongoMirror(uri)`.
         start_offline: Train even if a mirror does not answer at the start.
         on_save_failure: `stop` raises CheckpointSaveError on the training thread, `continue` logs it.
+        resume_state: What checkpoints hold and a resume restores: `exact` everything that decides how training goes
+            on, `auto` the same but for a replay buffer of over 2 GiB, `weights` only parameters and counters.
+        save_replay_buffer: Whether checkpoints hold the replay buffer; `auto` up to a full capacity of 2 GiB.
         handle_signals: Whether SIGTERM and SIGINT are taken over while training (main thread only).
         heartbeat_seconds: How often the record says that the run lives.
         sync_timeout_seconds: How long the end waits for a mirror that is behind.
@@ -78,6 +93,8 @@ class EpisodeCheckpointCallback(BaseCallback):
         mirrors: Sequence[Mirror] = (),
         start_offline: bool = False,
         on_save_failure: Literal["stop", "continue"] = "stop",
+        resume_state: ResumeState = "auto",
+        save_replay_buffer: Literal["auto", "always", "never"] = "auto",
         handle_signals: bool = True,
         heartbeat_seconds: float = 10.0,
         sync_timeout_seconds: float = 60.0,
@@ -101,6 +118,8 @@ class EpisodeCheckpointCallback(BaseCallback):
         self._mirrors = tuple(mirrors)
         self._start_offline = start_offline
         self._on_save_failure = on_save_failure
+        self._resume_state: ResumeState = resume_state
+        self._save_replay_buffer = save_replay_buffer
         self._interval = EveryNEpisodes(checkpoint_interval_episodes)
         self._options = RunOptions(
             KeepLastN(keep_last_n_checkpoints),
@@ -114,7 +133,12 @@ class EpisodeCheckpointCallback(BaseCallback):
         self._parent: ParentReference | None = None
         self._root_run_id: str | None = None
         self._saved_state: tuple[int, int, int] | None = None
-        self._refill: ReplayRefill | None = None
+        self._resumption: Resumption | None = None
+        self._watched = CallbackStates(None)
+        self._safe_point: SafePointWatch | None = None
+        self._due: int | None = None
+        self._mid_step = False
+        self._signalled_at: float | None = None
         self._curve = CurveSampler()
         self._latest_of_ended: Path | None = None
         self._monitored: tuple[int, int] = (0, 0)
@@ -157,7 +181,8 @@ class EpisodeCheckpointCallback(BaseCallback):
         live = self._live
         if live is None:
             return
-        unsaved = isinstance(error, CheckpointSaveError)
+        # Nothing was trained where the checkpoint that it was to go on from was refused.
+        unsaved = isinstance(error, (CheckpointSaveError, IncompatibleCheckpointError))
         signalled = self._signals.received is not None or isinstance(error, (KeyboardInterrupt, TrainingInterrupted))
         interrupted = signalled and not unsaved
         if not unsaved:
@@ -198,36 +223,61 @@ class EpisodeCheckpointCallback(BaseCallback):
             raise
         self.logger.output_formats.append(self._curve)
         self._curve.start(self.num_timesteps)
+        self._watched = CallbackStates(self.locals.get("callback"))
+        self._safe_point = SafePointWatch(self.model, self._at_safe_point)
+        self._due, self._mid_step, self._signalled_at = None, False, None
         self._signals.install()
         self._exit.install()
+        if self._resumption is not None:
+            self._resumption.training_start(self._watched, self._live.note_resume)
+
+    def _on_rollout_start(self) -> None:
+        self._mid_step = False
+        if self._resumption is not None:
+            self._resumption.rollout_start()
+        assert self._safe_point is not None
+        if self._signals.received is not None:
+            self._safe_point.arm()
+        self._safe_point.rollout_start()
 
     def _on_step(self) -> bool:
+        self._mid_step = True
         dones = self.locals.get("dones")
         self._count(int(np.count_nonzero(dones)) if dones is not None else self._ended_by_monitor())
         live = self._running()
         if self._curve.due():
             self._add_point(live)
         self._check_writer(live)
-        if self._signals.received is not None:
-            self._stop_for_signal(live, self._signals.received)
+        if self._due is not None or self._signals.received is not None:
+            self._wait_for_safe_point()
         return True
 
     def _on_rollout_end(self) -> None:
         if "dones" not in self.locals:
             # ARS tells of a candidate's episodes after its last step.
             self._count(self._ended_by_monitor())
-        if self._refill is not None:
-            self._refill.release_when_full()
+        if self._due is not None:
+            self._wait_for_safe_point()
+        self._mid_step = False
+        if self._safe_point is not None:
+            self._safe_point.rollout_end()
+        if self._resumption is not None:
+            self._resumption.rollout_end()
 
     def _on_training_end(self) -> None:
         live = self._running()
         try:
             live.flush()
             self._check_writer(live)
-            if self._saved_state != self._state():
-                self._save(self.episode, "end")
-                live.flush()
-                self._check_writer(live)
+            # A callback that ended the training did so in the middle of a step.
+            point: SafePoint | None = None if self._mid_step else "training_end"
+            due, self._due = self._due, None
+            if due is not None:
+                self._save(due, "interval", point)
+            elif self._saved_state != self._state():
+                self._save(self.episode, "end", point)
+            live.flush()
+            self._check_writer(live)
         except CheckpointSaveError as error:
             self._finish("failed", error)
             raise
@@ -243,14 +293,15 @@ class EpisodeCheckpointCallback(BaseCallback):
         if self.model.num_timesteps == 0:
             # A model of its own, be it the first or a further one in a loop over seeds.
             self.episode, self.run_id = 0, self._given_run_id
-            self._parent = self._root_run_id = self._saved_state = self._refill = None
+            self._parent = self._root_run_id = self._saved_state = self._resumption = None
             return True
         came_from = origin(self.model)
         if self._root_run_id is None and came_from is not None:
             self._parent, self.episode = came_from.reference, came_from.metadata.finished_episodes
             self._root_run_id = came_from.metadata.root_run_id or came_from.metadata.run_id
-        if came_from is not None:
-            self._refill = ReplayRefill(self.model)
+        self._resumption = None
+        if came_from is not None and self._saved_state is None:
+            self._resumption = Resumption(self.model, came_from, self._resume_state, self._overrides)
         return False
 
     def _running(self) -> LiveRun:
@@ -264,7 +315,8 @@ class EpisodeCheckpointCallback(BaseCallback):
         before, self.episode = self.episode, self.episode + ended
         due = self._interval.due(before, self.episode)
         if due is not None:
-            self._save(due, "interval")
+            # Several that fall due before the next safe point are one checkpoint, as several in one step are.
+            self._due = due
 
     def _ended_by_monitor(self) -> int:
         """Return how many episodes ended since the last call, for ARS, which shows callbacks no `dones`."""
@@ -277,8 +329,27 @@ class EpisodeCheckpointCallback(BaseCallback):
     def _state(self) -> tuple[int, int, int]:
         return self.episode, self.model.num_timesteps, int(getattr(self.model, "_n_updates", 0))
 
-    def _save(self, episode: int, trigger: str) -> None:
+    def _wait_for_safe_point(self) -> None:
+        """Save at the next moment at which everything can be captured; at once where none is near."""
+        assert self._safe_point is not None
+        if self._signals.received is not None and self._signalled_at is None:
+            self._signalled_at = time.monotonic()
+        overdue = self._signalled_at is not None and time.monotonic() - self._signalled_at > _SAFE_POINT_SECONDS
+        if overdue or not self._safe_point.arm():
+            self._safe_point.disarm()
+            self._at_safe_point(None)
+
+    def _at_safe_point(self, point: SafePoint | None) -> None:
+        live = self._running()
+        due, self._due = self._due, None
+        if due is not None:
+            self._save(due, "interval", point)
+        if self._signals.received is not None:
+            self._stop_for_signal(live, self._signals.received, point)
+
+    def _save(self, episode: int, trigger: str, point: SafePoint | None = None) -> None:
         assert self.agent_id is not None and self.run_id is not None
+        exact, not_exact = self._capture_exact(point)
         capture = capture_checkpoint(
             self.model,
             agent_id=self.agent_id,
@@ -289,10 +360,26 @@ class EpisodeCheckpointCallback(BaseCallback):
             trigger=trigger,
             parent=self._parent,
             root_run_id=self._root_run_id,
-            attributes=self._refill.attributes if self._refill is not None else None,
+            attributes=self._resumption.held_attributes if self._resumption is not None else None,
+            exact=exact,
+            not_exact=not_exact,
         )
         self._running().save(capture)
         self._saved_state = self._state()
+
+    def _capture_exact(self, point: SafePoint | None) -> tuple[ExactCapture | None, str | None]:
+        """Return what makes a resume exact, or None and why."""
+        if self._resume_state == "weights":
+            return None, None
+        if point is None:
+            return None, _MID_STEP
+        try:
+            drawn_before = self._safe_point.drawn_before if self._safe_point is not None else None
+            return capture_exact(self.model, self._watched, point, drawn_before), None
+        except Exception as error:
+            # An environment's own code runs here: weights and counters must be saved all the same.
+            logger.exception("The exact state could not be captured: the checkpoint holds parameters and counters")
+            return None, f"its state could not be captured: {type(error).__name__}: {error}"
 
     def _check_writer(self, live: LiveRun) -> None:
         for failure in live.failures():
@@ -301,9 +388,9 @@ class EpisodeCheckpointCallback(BaseCallback):
             self._saved_state = None
             logger.error("%s; training goes on (on_save_failure: continue)", failure)
 
-    def _stop_for_signal(self, live: LiveRun, signum: int) -> None:
+    def _stop_for_signal(self, live: LiveRun, signum: int, point: SafePoint | None) -> None:
         if self._saved_state != self._state():
-            self._save(self.episode, "signal")
+            self._save(self.episode, "signal", point)
         live.flush()
         self._check_writer(live)
         checkpoint = live.latest
@@ -324,11 +411,13 @@ class EpisodeCheckpointCallback(BaseCallback):
         live, self._live = self._live, None
         if live is None:
             return
+        if self._safe_point is not None:
+            self._safe_point.disarm()
         self._add_point(live)
         if self._curve in self.logger.output_formats:
             self.logger.output_formats.remove(self._curve)
-        if self._refill is not None:
-            self._refill.release()
+        if self._resumption is not None:
+            self._resumption.close()
         try:
             signalled = self._signals.received
             self.behind = live.finish(status, error, hurry=lambda: self._signals.received != signalled)

@@ -39,10 +39,17 @@ _origins: weakref.WeakKeyDictionary[Any, Origin] = weakref.WeakKeyDictionary()
 
 
 class Origin(NamedTuple):
-    """The checkpoint that a model came from: its path or URI, and its metadata."""
+    """The checkpoint that a model came from.
+
+    Attributes:
+        source: Its path or URI.
+        metadata: Its metadata.
+        path: Its zip on this machine; None where there is none.
+    """
 
     source: str
     metadata: CheckpointMetadata
+    path: Path | None = None
 
     @property
     def reference(self) -> ParentReference:
@@ -216,13 +223,13 @@ def load_checkpoint(path: str | Path, env: VecEnv | Any = None, *, device: str =
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointLoadError(zip_path, reason, version_differences(metadata.versions)) from error
-    note_origin(model, str(zip_path.absolute()), metadata)
+    note_origin(model, str(zip_path.absolute()), metadata, zip_path.absolute())
     return LoadedCheckpoint(model, dict(metadata.config), dict(metadata.extra_state))
 
 
-def note_origin(model: BaseAlgorithm, source: str, metadata: CheckpointMetadata) -> None:
-    """Remember which checkpoint (path or URI) a model came from."""
-    _origins[model] = Origin(source, metadata)
+def note_origin(model: BaseAlgorithm, source: str, metadata: CheckpointMetadata, path: Path | None = None) -> None:
+    """Remember which checkpoint (path or URI, and where its zip lies) a model came from."""
+    _origins[model] = Origin(source, metadata, path)
 
 
 def origin(model: BaseAlgorithm) -> Origin | None:

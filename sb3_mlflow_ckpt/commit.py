@@ -6,6 +6,7 @@ commit. Removal goes the other way round. So a reader sees a whole checkpoint or
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import tempfile
 from collections.abc import Mapping
@@ -22,12 +23,14 @@ from sb3_mlflow_ckpt.verification import read_metadata
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
 
+    from sb3_mlflow_ckpt.state.exact import ExactCapture
     from sb3_mlflow_ckpt.state.model import ModelCapture
 
 _DISK_FULL = (
     "Reduce keep_last_n_checkpoints, increase checkpoint_interval_episodes, clean up old checkpoints, "
     "or use a different checkpoint_dir with more space"
 )
+_WEIGHTS_ONLY = "it holds parameters and counters: random states, environments and replay buffers begin anew"
 _UNUSABLE = "Check that checkpoint_dir is a writable folder"
 
 
@@ -51,6 +54,8 @@ def capture_checkpoint(
     parent: ParentReference | None = None,
     root_run_id: str | None = None,
     attributes: Mapping[str, Any] | None = None,
+    exact: ExactCapture | None = None,
+    not_exact: str | None = None,
 ) -> CheckpointCapture:
     """Copy a model and what is known of it; nothing of the copy changes when training goes on.
 
@@ -66,13 +71,15 @@ def capture_checkpoint(
         parent: The checkpoint that the run was resumed from.
         root_run_id: The first run of the chain of resumes.
         attributes: Values to record in place of the model's own (see `state.model.capture_model`).
+        exact: What makes a resume exact; None saves weights and counters.
+        not_exact: Why that is None, where it is not by choice.
     """
     from sb3_mlflow_ckpt.algorithms import algorithm_name
     from sb3_mlflow_ckpt.environments import describe_space
     from sb3_mlflow_ckpt.provenance import versions
     from sb3_mlflow_ckpt.state.model import capture_model
 
-    captured = capture_model(model, attributes)
+    captured = dataclasses.replace(capture_model(model, attributes), exact=exact.state if exact is not None else None)
     metadata = CheckpointMetadata(
         episode=episode,
         run_id=run_id,
@@ -93,9 +100,13 @@ def capture_checkpoint(
         parent=parent,
         root_run_id=root_run_id or run_id,
         resume_state={
-            "restored": ["parameters", "optimizers", "counters", *(["vec_normalize"] if captured.arrays else [])],
-            "exact": False,
-            "reason": "random states, environments and replay buffers are not part of the checkpoint",
+            "restored": [
+                *("parameters", "optimizers", "counters"),
+                *(["vec_normalize"] if captured.arrays else []),
+                *(["random states", "environments"] if exact is not None else []),
+            ],
+            "exact": exact is not None and exact.reason is None,
+            "reason": (not_exact or _WEIGHTS_ONLY) if exact is None else exact.reason,
         },
         metrics=_last_episodes(captured.state),
     )

@@ -115,6 +115,13 @@ class LiveRun:
         self._progress.update(progress)
         self._last_step_at = timestamp_now()
 
+    def note_resume(self, report: Mapping[str, Any]) -> None:
+        """Record whether the run goes on exactly from its parent; a disk that refuses it does not stop training."""
+        try:
+            self._journal.update(resume=dict(report))
+        except OSError as error:
+            logger.warning("How the run was resumed was not recorded: %s", error)
+
     def add_metrics(self, point: Mapping[str, Any]) -> None:
         """Append a point of the learning curve; a disk that refuses it does not stop training."""
         try:

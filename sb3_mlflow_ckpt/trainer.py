@@ -192,6 +192,8 @@ def _learn(resolved: ResolvedTraining, model: BaseAlgorithm, reporter: Reporter 
         mirrors=mirrors,
         start_offline=config.start_offline,
         on_save_failure=config.on_save_failure,
+        resume_state=config.resume_state,
+        save_replay_buffer=config.save_replay_buffer,
         heartbeat_seconds=config.heartbeat_seconds,
         sync_timeout_seconds=config.sync_timeout_seconds,
         max_unmirrored_checkpoints=config.max_unmirrored_checkpoints,
@@ -245,7 +247,7 @@ def _model(resolved: ResolvedTraining, env: VecEnv, seed: int) -> BaseAlgorithm:
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:400]
         raise CheckpointLoadError(source.uri, reason, version_differences(source.metadata.versions)) from error
-    note_origin(model, source.uri, source.metadata)
+    note_origin(model, source.uri, source.metadata, source.path)
     return model
 
 

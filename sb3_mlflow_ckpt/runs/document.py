@@ -110,6 +110,7 @@ def new_record(
             "attempt": 1,
             "config": dict(config),
             "overrides": {},
+            "resume": None,
             "parent": dict(parent) if parent else None,
             "root_run_id": root_run_id or run_id,
             "progress": {

@@ -5,6 +5,7 @@
 | `data`, `policy.pth`, `policy.optimizer.pth`, `pytorch_variables.pth`, ... | as SB3's `save` writes them |
 | `sb3_mlflow_ckpt/state.json` | what is in the metadata file, but for the hashes; counters |
 | `sb3_mlflow_ckpt/vec_normalize.npz` | statistics of VecNormalize |
+| `sb3_mlflow_ckpt/exact.json`, `exact.bin` | what makes a resume exact: a document, and the arrays that it counts |
 
 Nothing is compressed: deflating weights costs far more time than it saves bytes.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,12 +23,15 @@ import numpy as np
 import stable_baselines3
 from stable_baselines3.common.utils import get_system_info
 
+from sb3_mlflow_ckpt import tree
 from sb3_mlflow_ckpt.errors import CheckpointCorruptError, IncompatibleCheckpointError
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata
 from sb3_mlflow_ckpt.state.embedded import READ_ERRORS, STATE_MEMBER, dump_state, read_state
 from sb3_mlflow_ckpt.state.model import ModelCapture, dump_tensors, load_tensors
 
 NORMALIZATION_MEMBER = "sb3_mlflow_ckpt/vec_normalize.npz"
+EXACT_MEMBER = "sb3_mlflow_ckpt/exact.json"
+EXACT_ARRAYS_MEMBER = "sb3_mlflow_ckpt/exact.bin"
 _VARIABLES_MEMBER = "pytorch_variables.pth"
 
 
@@ -50,6 +55,30 @@ def write_archive(file: BinaryIO, capture: ModelCapture, metadata: CheckpointMet
             buffer = io.BytesIO()
             np.savez(buffer, allow_pickle=False, **capture.arrays)
             archive.writestr(NORMALIZATION_MEMBER, buffer.getvalue())
+        if capture.exact is not None:
+            document, arrays = tree.encode(capture.exact)
+            archive.writestr(EXACT_MEMBER, json.dumps(document))
+            with archive.open(EXACT_ARRAYS_MEMBER, "w", force_zip64=True) as member:
+                for piece in tree.pieces(arrays):
+                    member.write(piece.data)
+
+
+def read_exact(path: Path) -> dict[str, Any] | None:
+    """Return what `ExactCapture.state` was, or None where the checkpoint holds none.
+
+    Raises:
+        CheckpointCorruptError: It cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if EXACT_MEMBER not in archive.namelist():
+                return None
+            state = tree.decode(json.loads(archive.read(EXACT_MEMBER)), archive.read(EXACT_ARRAYS_MEMBER))
+    except (*READ_ERRORS, RecursionError) as error:
+        raise CheckpointCorruptError(path, f"its exact state cannot be read ({error})") from error
+    if not isinstance(state, dict):
+        raise CheckpointCorruptError(path, "its exact state is not a mapping")
+    return state
 
 
 def read_archive(path: Path, device: Any = "cpu") -> ModelCapture:

@@ -46,6 +46,7 @@ class ModelCapture:
         variables: Other tensors (`log_ent_coef`).
         state: Counters and settings, as plain JSON.
         arrays: Statistics of VecNormalize; empty without one.
+        exact: What makes a resume exact (`state.exact`); None where it was not captured.
     """
 
     data: str
@@ -53,6 +54,7 @@ class ModelCapture:
     variables: dict[str, Any]
     state: dict[str, Any]
     arrays: normalization.Arrays = field(default_factory=dict)
+    exact: dict[str, Any] | None = None
 
 
 def capture_model(model: BaseAlgorithm, attributes: Mapping[str, Any] | None = None) -> ModelCapture:

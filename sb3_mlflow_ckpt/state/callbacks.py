@@ -1,0 +1,106 @@
+"""Owns what callbacks and the logger have counted up so far: whatever of it changed since training began.
+
+Settings are left alone: a resumed run may be given other ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.logger import Logger
+
+from sb3_mlflow_ckpt import tree
+
+State = dict[str, Any]
+
+_NOT_STATE = frozenset({"model", "parent", "locals", "globals", "verbose", "callback", "callbacks", "num_timesteps"})
+_OWN_PACKAGE = __name__.partition(".")[0]
+
+
+class CallbackStates:
+    """Watches the callbacks of one `learn`.
+
+    Args:
+        root: The callback that `learn` was given; None if it is not known.
+    """
+
+    def __init__(self, root: BaseCallback | None) -> None:
+        self._callbacks = dict(_named(root)) if root is not None else {}
+        self._before = {name: _forms(callback) for name, callback in self._callbacks.items()}
+
+    def capture(self) -> State:
+        """Return the attributes of each callback that changed since this was made."""
+        state: State = {}
+        for name, callback in self._callbacks.items():
+            before = self._before[name]
+            state[name] = {key: form for key, form in _forms(callback).items() if before.get(key) != form}
+        return state
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Give callbacks that are there again, at the same place and of the same class, what they had."""
+        for name, callback in self._callbacks.items():
+            for key, form in dict(state.get(name) or {}).items():
+                # Only what the callback has by itself, and is no method: the names come from a file.
+                if key in vars(callback) and key not in _NOT_STATE:
+                    setattr(callback, key, tree.decode(json.loads(form)))
+
+
+def capture_logger(logger: Logger) -> State:
+    """Return the means that the logger has collected since its last dump; images and figures are left out."""
+    numbers = (bool, int, float, np.number)
+    kept = {key: value for key, value in logger.name_to_value.items() if isinstance(value, (*numbers, str))}
+    return {
+        key: [value.item() if isinstance(value, np.generic) else value, int(logger.name_to_count.get(key, 0)),
+              list(logger.name_to_excluded.get(key) or ())]
+        for key, value in kept.items()
+    }  # fmt: skip
+
+
+def restore_logger(logger: Logger, state: Mapping[str, Any]) -> None:
+    """Put collected means back."""
+    for key, (value, count, excluded) in state.items():
+        logger.name_to_value[key] = value
+        logger.name_to_count[key] = int(count)
+        logger.name_to_excluded[key] = tuple(str(name) for name in excluded)
+
+
+def _named(callback: BaseCallback, place: str = "") -> Iterator[tuple[str, BaseCallback]]:
+    """Yield a callback and those within it, each under its place and class."""
+    kind = type(callback)
+    name = f"{place}/{kind.__module__}.{kind.__qualname__}"
+    # Ours keep their own books.
+    if not kind.__module__.startswith(f"{_OWN_PACKAGE}."):
+        yield name, callback
+    if isinstance(callback, CallbackList):
+        within: list[Any] = list(callback.callbacks)
+    else:
+        within = [getattr(callback, key, None) for key in ("callback", "callback_on_new_best")]
+    for index, inner in enumerate(within):
+        if isinstance(inner, BaseCallback):
+            yield from _named(inner, f"{name}[{index}]")
+
+
+def _forms(callback: BaseCallback) -> dict[str, str]:
+    """Return the plain form of each attribute that has one without arrays."""
+    forms = {}
+    for key, value in vars(callback).items():
+        if key in _NOT_STATE:
+            continue
+        try:
+            document, arrays = tree.encode(_listed(value))
+            if not arrays:
+                forms[key] = json.dumps(document)
+        except (TypeError, ValueError):
+            continue
+    return forms
+
+
+def _listed(value: Any) -> Any:
+    """Turn numpy scalars into numbers; everything else stays."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return [_listed(item) for item in value] if isinstance(value, list) else value
