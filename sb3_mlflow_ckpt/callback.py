@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,18 +29,15 @@ from sb3_mlflow_ckpt.metadata import ParentReference
 from sb3_mlflow_ckpt.policies import EveryNEpisodes, KeepLastN, MirrorBacklog
 from sb3_mlflow_ckpt.provenance import environment
 from sb3_mlflow_ckpt.replication import Mirror
-from sb3_mlflow_ckpt.resumption import Resumption, ResumeState
+from sb3_mlflow_ckpt.resumption import ResumeState, Resumption
 from sb3_mlflow_ckpt.runs.document import new_record, plain
+from sb3_mlflow_ckpt.snapshots import Snapshots
 from sb3_mlflow_ckpt.state.callbacks import CallbackStates
-from sb3_mlflow_ckpt.state.exact import ExactCapture, capture_exact
 from sb3_mlflow_ckpt.state.model import all_finite
-from sb3_mlflow_ckpt.state.safe_point import SafePoint, SafePointWatch
+from sb3_mlflow_ckpt.state.safe_point import SafePoint
 
 logger = logging.getLogger(__name__)
 
-# A signal's sender kills some seconds later: Kubernetes after 30 s.
-_SAFE_POINT_SECONDS = 5.0
-_MID_STEP = "it was saved in the middle of a step"
 _START_OFFLINE = "with start_offline it trains at once and sends the records when it is back"
 
 
@@ -134,11 +130,8 @@ class EpisodeCheckpointCallback(BaseCallback):
         self._root_run_id: str | None = None
         self._saved_state: tuple[int, int, int] | None = None
         self._resumption: Resumption | None = None
-        self._watched = CallbackStates(None)
-        self._safe_point: SafePointWatch | None = None
+        self._snapshots: Snapshots | None = None
         self._due: int | None = None
-        self._mid_step = False
-        self._signalled_at: float | None = None
         self._curve = CurveSampler()
         self._latest_of_ended: Path | None = None
         self._monitored: tuple[int, int] = (0, 0)
@@ -149,6 +142,11 @@ class EpisodeCheckpointCallback(BaseCallback):
         if self.agent_id is None or self.run_id is None:
             return None
         return RunFolder(self._checkpoint_dir, self.agent_id, self.run_id)
+
+    @property
+    def resume_report(self) -> dict[str, Any] | None:
+        """Whether a resumed training goes on exactly (`exact`), and the `reason` why not; None for a fresh one."""
+        return self._resumption.report if self._resumption is not None else None
 
     @property
     def interrupted_by(self) -> int | None:
@@ -223,25 +221,21 @@ class EpisodeCheckpointCallback(BaseCallback):
             raise
         self.logger.output_formats.append(self._curve)
         self._curve.start(self.num_timesteps)
-        self._watched = CallbackStates(self.locals.get("callback"))
-        self._safe_point = SafePointWatch(self.model, self._at_safe_point)
-        self._due, self._mid_step, self._signalled_at = None, False, None
+        watched = CallbackStates(self.locals.get("callback"))
+        self._snapshots = Snapshots(self.model, watched, self._resume_state, self._take)
+        self._due = None
         self._signals.install()
         self._exit.install()
         if self._resumption is not None:
-            self._resumption.training_start(self._watched, self._live.note_resume)
+            self._resumption.training_start(watched, self._live.note_resume)
 
     def _on_rollout_start(self) -> None:
-        self._mid_step = False
         if self._resumption is not None:
             self._resumption.rollout_start()
-        assert self._safe_point is not None
-        if self._signals.received is not None:
-            self._safe_point.arm()
-        self._safe_point.rollout_start()
+        self._moments.rollout_start(wanted=self._signals.received is not None)
 
     def _on_step(self) -> bool:
-        self._mid_step = True
+        self._moments.step()
         dones = self.locals.get("dones")
         self._count(int(np.count_nonzero(dones)) if dones is not None else self._ended_by_monitor())
         live = self._running()
@@ -249,18 +243,16 @@ class EpisodeCheckpointCallback(BaseCallback):
             self._add_point(live)
         self._check_writer(live)
         if self._due is not None or self._signals.received is not None:
-            self._wait_for_safe_point()
+            self._moments.take_soon(urgent=self._signals.received is not None)
         return True
 
     def _on_rollout_end(self) -> None:
         if "dones" not in self.locals:
             # ARS tells of a candidate's episodes after its last step.
             self._count(self._ended_by_monitor())
-        if self._due is not None:
-            self._wait_for_safe_point()
-        self._mid_step = False
-        if self._safe_point is not None:
-            self._safe_point.rollout_end()
+            if self._due is not None:
+                self._moments.take_soon(urgent=False)
+        self._moments.rollout_end()
         if self._resumption is not None:
             self._resumption.rollout_end()
 
@@ -269,8 +261,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         try:
             live.flush()
             self._check_writer(live)
-            # A callback that ended the training did so in the middle of a step.
-            point: SafePoint | None = None if self._mid_step else "training_end"
+            point = self._moments.training_end()
             due, self._due = self._due, None
             if due is not None:
                 self._save(due, "interval", point)
@@ -304,6 +295,12 @@ class EpisodeCheckpointCallback(BaseCallback):
             self._resumption = Resumption(self.model, came_from, self._resume_state, self._overrides)
         return False
 
+    @property
+    def _moments(self) -> Snapshots:
+        if self._snapshots is None:
+            raise RuntimeError("The callback is called outside of learn()")
+        return self._snapshots
+
     def _running(self) -> LiveRun:
         if self._live is None:
             raise RuntimeError("The callback is called outside of learn()")
@@ -329,17 +326,7 @@ class EpisodeCheckpointCallback(BaseCallback):
     def _state(self) -> tuple[int, int, int]:
         return self.episode, self.model.num_timesteps, int(getattr(self.model, "_n_updates", 0))
 
-    def _wait_for_safe_point(self) -> None:
-        """Save at the next moment at which everything can be captured; at once where none is near."""
-        assert self._safe_point is not None
-        if self._signals.received is not None and self._signalled_at is None:
-            self._signalled_at = time.monotonic()
-        overdue = self._signalled_at is not None and time.monotonic() - self._signalled_at > _SAFE_POINT_SECONDS
-        if overdue or not self._safe_point.arm():
-            self._safe_point.disarm()
-            self._at_safe_point(None)
-
-    def _at_safe_point(self, point: SafePoint | None) -> None:
+    def _take(self, point: SafePoint | None) -> None:
         live = self._running()
         due, self._due = self._due, None
         if due is not None:
@@ -349,7 +336,7 @@ class EpisodeCheckpointCallback(BaseCallback):
 
     def _save(self, episode: int, trigger: str, point: SafePoint | None = None) -> None:
         assert self.agent_id is not None and self.run_id is not None
-        exact, not_exact = self._capture_exact(point)
+        exact, not_exact = self._moments.capture(point)
         capture = capture_checkpoint(
             self.model,
             agent_id=self.agent_id,
@@ -366,20 +353,6 @@ class EpisodeCheckpointCallback(BaseCallback):
         )
         self._running().save(capture)
         self._saved_state = self._state()
-
-    def _capture_exact(self, point: SafePoint | None) -> tuple[ExactCapture | None, str | None]:
-        """Return what makes a resume exact, or None and why."""
-        if self._resume_state == "weights":
-            return None, None
-        if point is None:
-            return None, _MID_STEP
-        try:
-            drawn_before = self._safe_point.drawn_before if self._safe_point is not None else None
-            return capture_exact(self.model, self._watched, point, drawn_before), None
-        except Exception as error:
-            # An environment's own code runs here: weights and counters must be saved all the same.
-            logger.exception("The exact state could not be captured: the checkpoint holds parameters and counters")
-            return None, f"its state could not be captured: {type(error).__name__}: {error}"
 
     def _check_writer(self, live: LiveRun) -> None:
         for failure in live.failures():
@@ -411,8 +384,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         live, self._live = self._live, None
         if live is None:
             return
-        if self._safe_point is not None:
-            self._safe_point.disarm()
+        self._moments.close()
         self._add_point(live)
         if self._curve in self.logger.output_formats:
             self.logger.output_formats.remove(self._curve)

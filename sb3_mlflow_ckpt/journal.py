@@ -28,6 +28,9 @@ from sb3_mlflow_ckpt.metadata import CheckpointMetadata, parse_metadata, timesta
 
 logger = logging.getLogger(__name__)
 
+# More than a point is long.
+_TAIL_BYTES = 1 << 16
+
 
 def read_record(folder: RunFolder) -> dict[str, Any]:
     """Return what `run.json` holds.
@@ -155,6 +158,7 @@ class RunJournal:
         for event in events:
             self.ledger.apply(event)
         self._record: dict[str, Any] = read_record(folder) if folder.record.exists() else {}
+        self._curve_end = _curve_end(folder.metrics)
         self._reconcile()
 
     @property
@@ -180,7 +184,13 @@ class RunJournal:
         self._notify()
 
     def add_metrics(self, point: Mapping[str, Any]) -> None:
-        """Append a point of the learning curve."""
+        """Append a point of the learning curve.
+
+        An attempt that goes on in its own folder passes again through what the one before it lived to see after
+        its last checkpoint. The curve does not double back: those points are there already.
+        """
+        if point.get("num_timesteps", 0) <= self._curve_end:
+            return
         with self._lock:
             atomic.append_line(self.folder.metrics, dict(point), durable=False)
         self._notify()
@@ -252,6 +262,14 @@ class RunJournal:
                 logger.warning("A checkpoint is passed over: %s", error)
         for episode in sorted(set(self.ledger.saved) - on_disk - self.ledger.pruned):
             self.add_pruned(episode)
+
+
+def _curve_end(path: Path) -> int:
+    """Return the timesteps of the last point that an earlier attempt left, or -1."""
+    start = max(0, path.stat().st_size - _TAIL_BYTES) if path.exists() else 0
+    points, _ = atomic.read_lines(path, start)
+    steps = [point["num_timesteps"] for point in points if isinstance(point.get("num_timesteps"), int)]
+    return max(steps, default=-1)
 
 
 def sweep_dead_writers(folder: RunFolder) -> None:

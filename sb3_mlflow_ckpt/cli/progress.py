@@ -146,6 +146,7 @@ class _ProgressCallback(BaseCallback):
         self._shown: Path | None = None
         self._bar: Progress | None = None
         self._task: TaskID | None = None
+        self._told = False
 
     def _on_training_start(self) -> None:
         self._last = (time.monotonic(), self.num_timesteps)
@@ -159,6 +160,12 @@ class _ProgressCallback(BaseCallback):
             )
             self._task = self._bar.add_task("", total=self._total, completed=self.num_timesteps)
             self._bar.start()
+
+    def _on_rollout_start(self) -> None:
+        report, told, self._told = self._checkpoints.resume_report, self._told, True
+        # Where it is not exact, a warning has said why.
+        if not told and report is not None and report["exact"]:
+            self._console.print("Everything is restored: the training goes on as if it had not stopped")
 
     def _on_step(self) -> bool:
         now = time.monotonic()

@@ -62,9 +62,16 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         "started": _text(run.get("started_at")),
         "ended": _text(run.get("ended_at")),
         "resumed from": _text(parent.get("checkpoint")),
+        "resumed exactly": _exactly(run.get("resume")),
         "error": escape(f"{error.get('type')}: {error.get('message')}") if error else "-",
     }
     return [(name, value) for name, value in facts.items() if value != "-"]
+
+
+def _exactly(resume: Any) -> str:
+    if not isinstance(resume, Mapping):
+        return "-"
+    return "yes" if resume.get("exact") else escape(f"no: {resume.get('reason')}")
 
 
 def _status(run: Mapping[str, Any]) -> str:

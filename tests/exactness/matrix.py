@@ -263,7 +263,9 @@ def print_table(outcomes: Iterable[Outcome]) -> None:
     print("| training | kills | resumes | the same bytes at the end | seconds |\n|---|---|---|---|---|")
     for outcome in outcomes:
         verdict = "yes" if outcome.exact else f"NO: {', '.join(outcome.differs)} {'; '.join(outcome.inexact)}"
-        print(f"| {outcome.name} | {outcome.kills} | {outcome.resumed} | {verdict} | {outcome.seconds:.0f} |", flush=True)
+        print(
+            f"| {outcome.name} | {outcome.kills} | {outcome.resumed} | {verdict} | {outcome.seconds:.0f} |", flush=True
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
