@@ -1,6 +1,6 @@
 """Kills trainings at random instants, resumes them with `auto`, and compares how they end with uninterrupted ones.
 
-Run it by hand for the long form: python tests/exactness/matrix.py --kills 5
+The long form is run by hand: python tests/exactness/matrix.py --kills 5 --times 4
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-
 from rows import ROWS
 
 DEADLINE = 300.0
@@ -34,7 +32,7 @@ class Outcome:
 
     Attributes:
         name: The training.
-        kills: At which env step of the training each SIGKILL was sent, as far as its last checkpoint tells.
+        kills: How often it was killed.
         resumed: How often a process went on from a checkpoint.
         differs: The parts that are not the same bytes as in the uninterrupted run.
         inexact: What resumed runs said of themselves, where that was not "exact".
@@ -164,6 +162,8 @@ def run(settings: dict[str, Any], folder: str, result: str) -> None:
 
     th.set_num_threads(1)
     logging.disable(logging.CRITICAL)
+    # Where the toy environments are.
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     os.chdir(folder)
     sys.stderr = open(Path(folder) / "stderr.txt", "a")  # noqa: SIM115 # until the process ends
     config = build_config([Layer("the matrix", settings)])
@@ -176,10 +176,12 @@ class Matrix:
     Args:
         kills: How often each training is killed.
         seed: Decides the instants of the kills, as far as a clock can be repeated.
+        times: How many times as long as its settings say each training is.
     """
 
-    def __init__(self, kills: int, seed: int) -> None:
+    def __init__(self, kills: int, seed: int = 0, times: int = 1) -> None:
         self._kills = kills
+        self._times = times
         self._random = random.Random(seed)
         # A fresh process for each run, that has imported torch already.
         self._processes = multiprocessing.get_context("forkserver")
@@ -188,6 +190,7 @@ class Matrix:
     def outcome(self, name: str, settings: dict[str, Any]) -> Outcome:
         """Train without an interruption, then with kills, and compare."""
         outcome = Outcome(name)
+        settings = {**settings, "total_timesteps": settings["total_timesteps"] * self._times}
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="exactness-") as folder:
             alone, chain = Path(folder) / "alone", Path(folder) / "chain"
@@ -215,7 +218,7 @@ class Matrix:
         for _ in range(self._kills):
             process = self._start(settings, folder)
             _wait_for_start(process, folder)
-            process.join(self._random.uniform(0.1, 0.9) * duration * (1 if outcome.kills == 0 else 0.6))
+            process.join(self._random.uniform(0.0, 1.6 / self._kills) * duration)
             if process.exitcode is not None:
                 break
             os.kill(process.pid or 0, signal.SIGKILL)
@@ -273,9 +276,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=5, help="SIGKILLs of each training")
     parser.add_argument("--seed", type=int, default=0, help="decides the instants")
+    parser.add_argument("--times", type=int, default=1, help="how many times as long each training is")
     parser.add_argument("--only", default="", help="only rows whose name holds this text")
     options = parser.parse_args(arguments)
-    matrix = Matrix(options.kills, options.seed)
+    matrix = Matrix(options.kills, options.seed, options.times)
     outcomes = (matrix.outcome(name, settings) for name, settings in ROWS.items() if options.only in name)
     kept: list[Outcome] = []
 
