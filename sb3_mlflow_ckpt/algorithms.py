@@ -173,6 +173,8 @@ def _describe(value: Any) -> Any:
         return [_describe(item) for item in value]
     if isinstance(value, type):
         return f"{value.__module__}:{value.__qualname__}"
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()  # SAC's target_entropy
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise ValueError(f"{value!r} has no plain form")

@@ -22,7 +22,7 @@ def printable(text: str, *, keep: str = "") -> str:
 
 def printable_json(text: str) -> str:
     r"""Return JSON with such characters written as JSON's own escapes; the document stays the same."""
-    if text.isascii():
+    if text.isascii() and "\x7f" not in text:
         return text
     return "".join(
         "".join(f"\\u{unit:04x}" for unit in _utf16(c)) if c != "\n" and unicodedata.category(c) in _HIDDEN else c
