@@ -58,8 +58,8 @@ def everywhere(path: Path) -> list[str]:
         try:
             read(path)
         except CheckpointLoadError as error:
-            assert "\n" not in str(error)
             errors.append(str(error))
+    assert not any("\n" in error for error in errors)
     for words in (["checkpoints", "list", "--json"], ["checkpoints", "verify"], ["runs", "list"]):
         done = CliRunner().invoke(main, [*words, "--checkpoint-dir", str(path.parents[2])])
         assert done.exception is None or isinstance(done.exception, SystemExit), done.output
@@ -315,3 +315,32 @@ def test_a_run_record_cannot_steer_the_terminal(tmp_path: Path) -> None:
             done = CliRunner().invoke(main, ["runs", *words, "--checkpoint-dir", str(tmp_path)])
             assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
             assert all(line.isprintable() for line in done.output.splitlines())
+
+
+def test_the_printed_resume_command_repeats_what_a_resume_would_refuse() -> None:
+    import shlex
+
+    from sb3_mlflow_ckpt.cli.progress import resume_command
+
+    config = build_config(
+        [
+            Layer(
+                "t",
+                {
+                    "env_id": "toy_environments:FixedLength-v0", "env_wrappers": ["mine:Wrapper"],
+                    "env_kwargs": {"data": "/x y", "length": 3}, "policy": "MlpPolicy",
+                    "hyperparameters": {
+                        "n_steps": 16, "tensorboard_log": "logs", "policy_kwargs": {"activation_fn": "mine:Relu"}
+                    },
+                },
+            )
+        ]
+    )  # fmt: skip
+    words = shlex.split(resume_command(config, Path("c.zip")))
+    given = dict(zip(words[3::2], words[4::2], strict=True))
+    assert given["--env-id"] == "toy_environments:FixedLength-v0"
+    assert given["--env-wrappers"] == '["mine:Wrapper"]'
+    assert given["--env-kwargs"] == "data=/x y"
+    assert 'policy_kwargs={"activation_fn": "mine:Relu"}' in words
+    assert "tensorboard_log=logs" in words
+    assert "--policy" not in words

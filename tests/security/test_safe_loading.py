@@ -16,7 +16,7 @@ from test_algorithms import CASES, VARIANTS, _equal
 from toy_algorithms import MyPPO
 
 from sb3_mlflow_ckpt import EpisodeCheckpointCallback, load_checkpoint, save_checkpoint, verify_checkpoint
-from sb3_mlflow_ckpt.algorithms import algorithm_class, build_model
+from sb3_mlflow_ckpt.algorithms import build_model
 from sb3_mlflow_ckpt.config import Layer, build_config
 from sb3_mlflow_ckpt.environments import make_env
 from sb3_mlflow_ckpt.errors import ForeignCheckpointError, IncompatibleCheckpointError, UntrustedCheckpointError
