@@ -7,7 +7,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sb3_mlflow_ckpt.config import TrainingConfig, nearest, schedule_start
 from sb3_mlflow_ckpt.errors import ConfigError
@@ -37,14 +37,14 @@ _NOT_DESCRIBED = frozenset({"policy", "env", "device", "verbose", "tensorboard_l
 _NORMALIZE = ("norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon")
 _OBJECT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _SCHEDULED = ("learning_rate", "clip_range", "clip_range_vf", "delta_std")
-# Where a short name such as `Tanh` or `HerReplayBuffer` is looked up, by the argument that it is given for.
-_SHORT_NAMES: Mapping[str, tuple[str, ...]] = {
+SHORT_NAMES: Mapping[str, tuple[str, ...]] = {
     "activation_fn": ("torch.nn",),
     "optimizer_class": ("torch.optim", "stable_baselines3.common.sb2_compat.rmsprop_tf_like"),
     "features_extractor_class": ("stable_baselines3.common.torch_layers",),
     "replay_buffer_class": ("stable_baselines3", "stable_baselines3.common.buffers"),
     "rollout_buffer_class": ("stable_baselines3.common.buffers",),
 }
+"""Where a short name such as `Tanh` or `HerReplayBuffer` is looked up, by the argument that it is given for."""
 
 
 def import_object(reference: str, key: str) -> Any:
@@ -103,14 +103,8 @@ def describe_model(model: BaseAlgorithm, *, total_timesteps: int | None = None) 
     SB3 keeps its constructor's arguments as attributes of the same names. What is no plain value, class or linear
     schedule to 0 is named under `undescribed`: a resume cannot know it.
     """
-    hyperparameters, undescribed = {}, []
-    for name in inspect.signature(type(model)).parameters:
-        if name in _NOT_DESCRIBED or not hasattr(model, name):
-            continue
-        try:
-            hyperparameters[name] = _describe(getattr(model, name))
-        except ValueError:
-            undescribed.append(name)
+    built = describe_constructor(model)
+    hyperparameters, undescribed = built["hyperparameters"], built["undescribed"]
     env = model.get_env()
     normalized = model.get_vec_normalize_env()
     # Not asked of environments in other processes: what cannot be pickled there breaks their pipe.
@@ -118,15 +112,47 @@ def describe_model(model: BaseAlgorithm, *, total_timesteps: int | None = None) 
     described = {
         "algo": algorithm_name(type(model)),
         "total_timesteps": total_timesteps,
-        "learning_rate": hyperparameters.pop("learning_rate", None),
-        "policy": f"{type(model.policy).__module__}:{type(model.policy).__qualname__}",
+        "learning_rate": built["learning_rate"],
+        "policy": built["policy"],
         "env_id": spec.id if spec is not None else None,
         "n_envs": model.n_envs,
         "normalize": {name: getattr(normalized, name) for name in _NORMALIZE} if normalized is not None else False,
-        "seed": hyperparameters.pop("seed", None),
-        "hyperparameters": {name: value for name, value in hyperparameters.items() if value is not None},
+        "seed": built["seed"],
+        "hyperparameters": hyperparameters,
     }
     return {**described, "undescribed": undescribed} if undescribed else described
+
+
+def describe_constructor(model: BaseAlgorithm, attributes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return what a model's constructor would be told to build it again.
+
+    Args:
+        model: Any SB3 algorithm.
+        attributes: Values in place of the model's own, for attributes that are changed for a while.
+
+    Returns:
+        `policy`, `learning_rate`, `seed`, `hyperparameters`, and `undescribed`: the arguments without a plain form.
+    """
+    hyperparameters, undescribed = {}, []
+    for name in inspect.signature(type(model)).parameters:
+        if name in _NOT_DESCRIBED or not hasattr(model, name):
+            continue
+        value = (attributes or {}).get(name, getattr(model, name))
+        try:
+            hyperparameters[name] = _describe(value)
+        except ValueError:
+            undescribed.append(name)
+    if str(hyperparameters.get("replay_buffer_class")).endswith(":NStepReplayBuffer"):
+        # SB3 chooses it where n_steps asks for it, and tells it what it needs.
+        for name in ("replay_buffer_class", "replay_buffer_kwargs"):
+            hyperparameters.pop(name, None)
+    return {
+        "policy": f"{type(model.policy).__module__}:{type(model.policy).__qualname__}",
+        "learning_rate": hyperparameters.pop("learning_rate", None),
+        "seed": hyperparameters.pop("seed", None),
+        "hyperparameters": {name: value for name, value in hyperparameters.items() if value is not None},
+        "undescribed": undescribed,
+    }
 
 
 def _describe(value: Any) -> Any:
@@ -147,12 +173,14 @@ def _describe(value: Any) -> Any:
         return [_describe(item) for item in value]
     if isinstance(value, type):
         return f"{value.__module__}:{value.__qualname__}"
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()  # SAC's target_entropy
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise ValueError(f"{value!r} has no plain form")
 
 
-def default_policy(model_class: type[BaseAlgorithm], env: VecEnv) -> str:
+def default_policy(model_class: type[BaseAlgorithm], env: VecEnv | Spaces) -> str:
     """Return the policy alias that fits the observations: dictionary, image, or vector."""
     from gymnasium import spaces
     from stable_baselines3.common.preprocessing import is_image_space
@@ -188,12 +216,20 @@ def check_hyperparameters(model_class: type[BaseAlgorithm], hyperparameters: Map
             )
 
 
-def build_model(config: TrainingConfig, env: VecEnv, *, seed: int | None = None) -> BaseAlgorithm:
+class Spaces(NamedTuple):
+    """What a model is built from where there is no environment: it can predict, and be given one later."""
+
+    observation_space: Any
+    action_space: Any
+    num_envs: int = 1
+
+
+def build_model(config: TrainingConfig, env: VecEnv | Spaces, *, seed: int | None = None) -> BaseAlgorithm:
     """Return a fresh model as the configuration describes it.
 
     Args:
         config: The whole configuration.
-        env: The environments that it trains in.
+        env: The environments that it trains in, or only their spaces.
         seed: What seeds it, where that is not `config.seed` (a resumed run must not replay old randomness).
 
     Raises:
@@ -213,21 +249,37 @@ def build_model(config: TrainingConfig, env: VecEnv, *, seed: int | None = None)
             f"{policy!r} is no policy of {model_class.__name__}",
             hint=nearest(policy, list(model_class.policy_aliases)),
         )
+    arguments |= {"policy": policy, "seed": config.seed if seed is None else seed, "device": config.device}
     try:
-        return model_class(
-            policy=policy, env=env, seed=config.seed if seed is None else seed, device=config.device, **arguments
-        )
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        if isinstance(env, Spaces):
+            return _build_without_env(model_class, env, arguments)
+        return model_class(env=env, **arguments)
+    except (TypeError, ValueError, AssertionError, RuntimeError, MemoryError, OverflowError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError("hyperparameters", f"{model_class.__name__} refuses the configuration: {reason}") from error
 
 
-def _value(key: str, value: Any, env: VecEnv) -> Any:
+def _build_without_env(model_class: type[BaseAlgorithm], given: Spaces, arguments: Mapping[str, Any]) -> BaseAlgorithm:
+    model: Any = model_class(env=None, _init_setup_model=False, **arguments)  # type: ignore[call-arg]
+    model.observation_space, model.action_space, model.n_envs = given
+    hindsight = getattr(getattr(model, "replay_buffer_class", None), "__name__", "") == "HerReplayBuffer"
+    if hindsight:
+        # It asks its environment for rewards; a model that only predicts needs no rewards.
+        described, model.replay_buffer_class = (model.replay_buffer_class, model.replay_buffer_kwargs), None
+        model.replay_buffer_kwargs = {}
+    model._setup_model()
+    if hindsight:
+        model.replay_buffer_class, model.replay_buffer_kwargs = described
+        model.replay_buffer = None
+    return model  # type: ignore[no-any-return]
+
+
+def _value(key: str, value: Any, env: VecEnv | Spaces) -> Any:
     """Turn a plain value of the configuration into the object that a constructor takes."""
     if isinstance(value, str):
         if _OBJECT.fullmatch(value):
             return import_object(value, f"hyperparameters.{key}")
-        if key in _SHORT_NAMES:
+        if key in SHORT_NAMES:
             return _short_name(key, value)
         if key in _SCHEDULED:
             return _linear_schedule(key, value)
@@ -242,7 +294,7 @@ def _value(key: str, value: Any, env: VecEnv) -> Any:
 
 
 def _short_name(key: str, value: str) -> Any:
-    for module_name in _SHORT_NAMES[key]:
+    for module_name in SHORT_NAMES[key]:
         found = getattr(importlib.import_module(module_name), value.removeprefix("nn."), None)
         if found is not None:
             return found
@@ -260,7 +312,7 @@ def _linear_schedule(key: str, value: str) -> Any:
         raise ConfigError(f"hyperparameters.{key}", str(error)) from error
 
 
-def _action_noise(value: Mapping[str, Any], env: VecEnv) -> Any:
+def _action_noise(value: Mapping[str, Any], env: VecEnv | Spaces) -> Any:
     import numpy as np
     from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 

@@ -119,10 +119,13 @@ def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
 def sha256(path: Path) -> str:
     """Return a file's SHA-256 as hexadecimal digits."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+        return digest(file)
 
 
-def _digest(file: BinaryIO) -> str:
+def digest(file: Any) -> str:
+    """Return the SHA-256 of an open file from where it stands."""
+    if hasattr(hashlib, "file_digest"):
+        return hashlib.file_digest(file, "sha256").hexdigest()
     # hashlib.file_digest came with Python 3.11.
     digest = hashlib.sha256()
     while chunk := file.read(1 << 20):

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sb3_mlflow_ckpt.commit import capture_checkpoint, commit_checkpoint, remove_checkpoint
-from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointLoadError, InvalidIdError
+from sb3_mlflow_ckpt.errors import CheckpointError, InvalidIdError
 from sb3_mlflow_ckpt.journal import committed_episodes, read_record
-from sb3_mlflow_ckpt.layout import RunFolder, check_id, id_spellings, model_path
+from sb3_mlflow_ckpt.layout import RunFolder, check_id, id_spellings
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, ParentReference
 from sb3_mlflow_ckpt.policies import KeepLastN
 from sb3_mlflow_ckpt.runs.folder import read_ledger
@@ -185,44 +185,41 @@ def latest_checkpoint(
     return None
 
 
-def load_checkpoint(path: str | Path, env: VecEnv | Any = None, *, device: str = "auto") -> LoadedCheckpoint:
-    """Load a checkpoint as SB3's own `load` does, after verifying it, with VecNormalize's statistics put back.
+def load_checkpoint(
+    path: str | Path,
+    env: VecEnv | Any = None,
+    *,
+    device: str = "auto",
+    algo: str | None = None,
+    policy: str | None = None,
+    hyperparameters: Mapping[str, Any] | None = None,
+    trusted: bool = False,
+) -> LoadedCheckpoint:
+    """Load a checkpoint after verifying it, with VecNormalize's statistics put back, and run nothing of it.
 
-    A callback that trains the model goes on from the checkpoint's episode; call `learn` with
-    `reset_num_timesteps=False`.
+    The model is built anew from the settings in the checkpoint, which are checked, and filled with its tensors and
+    counters. A callback that trains the model goes on from the checkpoint's episode; call `learn` with
+    `reset_num_timesteps=False`. A zip that SB3's own `save` wrote gives its weights: name its algorithm.
 
     Args:
         path: The zip, or its metadata file.
         env: Where the model is to act: any environment, or a VecEnv; None to predict only.
         device: PyTorch device.
+        algo: The algorithm, which a zip of SB3's own does not name.
+        policy: The policy, where the checkpoint does not say it in a plain form.
+        hyperparameters: Arguments of the constructor, where the checkpoint does not say them in a plain form.
+        trusted: Load as SB3's own `load` does, which runs whatever is pickled in the file.
 
     Raises:
         CheckpointNotFoundError: There is no such file.
+        UntrustedCheckpointError: It asks for something that could run code, and `trusted` is not given.
         CheckpointLoadError: It is corrupt, or does not fit the environment or this machine's versions.
     """
-    from stable_baselines3.common.vec_env import unwrap_vec_normalize
+    from sb3_mlflow_ckpt.loading import load
 
-    from sb3_mlflow_ckpt.algorithms import algorithm_class
-    from sb3_mlflow_ckpt.provenance import version_differences
-    from sb3_mlflow_ckpt.state import normalization
-    from sb3_mlflow_ckpt.state.archive import read_archive
-
-    metadata = verify_checkpoint(path)
-    zip_path = model_path(Path(path))
-    try:
-        model = algorithm_class(metadata.algo).load(zip_path, env=env, device=device)
-        vec_env = model.get_env()
-        normalized = unwrap_vec_normalize(vec_env) if vec_env is not None else None
-        arrays = read_archive(zip_path).arrays
-        if normalized is not None and arrays:
-            normalization.restore(normalized, arrays)
-        elif env is not None and arrays:
-            logger.warning(normalization.NOT_APPLIED)
-    except CheckpointLoadError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointLoadError(zip_path, reason, version_differences(metadata.versions)) from error
+    model, metadata, zip_path = load(
+        path, env, device=device, algo=algo, policy=policy, hyperparameters=hyperparameters, trusted=trusted
+    )
     note_origin(model, str(zip_path.absolute()), metadata, zip_path.absolute())
     return LoadedCheckpoint(model, dict(metadata.config), dict(metadata.extra_state))
 

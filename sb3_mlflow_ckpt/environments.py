@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from sb3_mlflow_ckpt.algorithms import import_object
 from sb3_mlflow_ckpt.config import TrainingConfig
-from sb3_mlflow_ckpt.env_state import CheckpointableEnv
 from sb3_mlflow_ckpt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -104,4 +103,4 @@ def _wrapper(item: str | Mapping[str, Mapping[str, Any]]) -> tuple[Any, dict[str
 def _wrap(wrappers: list[tuple[Any, dict[str, Any]]], env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
     for wrapper, arguments in wrappers:
         env = wrapper(env, **arguments)
-    return CheckpointableEnv(env)
+    return env

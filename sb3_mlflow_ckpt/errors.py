@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sb3_mlflow_ckpt.printable import printable
+
 
 class CheckpointError(Exception):
     """Root of everything that this package raises about checkpoints and run folders."""
@@ -20,7 +22,7 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
     def __init__(self, what: object, hint: str = "") -> None:
         self.what = str(what)
-        super().__init__(f"Checkpoint not found: {what}" + (f". {hint}" if hint else ""))
+        super().__init__(printable(f"Checkpoint not found: {what}" + (f". {hint}" if hint else "")))
 
 
 class CheckpointLoadError(CheckpointError, RuntimeError):
@@ -34,9 +36,10 @@ class CheckpointLoadError(CheckpointError, RuntimeError):
 
     def __init__(self, path: object, cause: str, hint: str = "") -> None:
         self.path = str(path)
-        self.cause = cause
+        self.cause = printable(cause)
         message = f"Failed to load model from checkpoint {path}: {cause.rstrip('.')}"
-        super().__init__(message + (f". {hint}" if hint else ""))
+        # The cause may quote what a stranger wrote.
+        super().__init__(printable(message + (f". {hint}" if hint else "")))
 
 
 class CheckpointCorruptError(CheckpointLoadError):
@@ -45,6 +48,28 @@ class CheckpointCorruptError(CheckpointLoadError):
 
 class IncompatibleCheckpointError(CheckpointLoadError):
     """The checkpoint is whole, but belongs to another algorithm, space or format."""
+
+
+class ForeignCheckpointError(IncompatibleCheckpointError):
+    """The zip was written by SB3's own `save`: its weights can be loaded, its run is unknown.
+
+    Args:
+        path: The zip.
+        candidates: Algorithms that its members fit.
+    """
+
+    def __init__(self, path: object, candidates: tuple[str, ...] = ()) -> None:
+        fitting = f" (its members fit {', '.join(candidates)})" if candidates else ""
+        super().__init__(
+            path,
+            "it was not written by sb3_mlflow_ckpt, and does not say which algorithm it is of",
+            f"Name the algorithm{fitting}: --algo ppo, or load_checkpoint(path, env=env, algo='ppo'), reads its "
+            "weights and runs nothing of it; PPO.load(path) runs what is pickled in it",
+        )
+
+
+class UntrustedCheckpointError(CheckpointLoadError):
+    """The checkpoint asks for something that could run code, or write or fill something, and is not trusted."""
 
 
 class CheckpointSaveError(CheckpointError, OSError):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from datetime import datetime, timezone
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from sb3_mlflow_ckpt.errors import CheckpointCorruptError, IncompatibleCheckpointError
+from sb3_mlflow_ckpt import strict_json
+from sb3_mlflow_ckpt.errors import CheckpointCorruptError, IncompatibleCheckpointError, InvalidIdError
+from sb3_mlflow_ckpt.layout import check_id
 
 FORMAT_VERSION = 1
 
@@ -99,9 +100,14 @@ def parse_metadata(content: bytes | str, where: object) -> CheckpointMetadata:
         IncompatibleCheckpointError: A newer version of this package wrote it.
     """
     try:
-        document = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        document = strict_json.loads(content)
+    except ValueError as error:
         raise CheckpointCorruptError(where, f"its metadata is not JSON ({error})") from error
+    return check_metadata(document, where)
+
+
+def check_metadata(document: Any, where: object) -> CheckpointMetadata:
+    """Return the validated metadata in a JSON document; raises as `parse_metadata` does."""
     if not isinstance(document, dict):
         raise CheckpointCorruptError(where, "its metadata is not a JSON object")
     version = document.get("format_version", FORMAT_VERSION)
@@ -112,8 +118,13 @@ def parse_metadata(content: bytes | str, where: object) -> CheckpointMetadata:
             "Upgrade sb3-mlflow-ckpt",
         )
     try:
-        return CheckpointMetadata.model_validate(document)
+        metadata = CheckpointMetadata.model_validate(document)
+        for key in ("agent_id", "run_id"):
+            check_id(getattr(metadata, key), key)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = ".".join(str(part) for part in first["loc"])[:80]
         raise CheckpointCorruptError(where, f"its metadata is not valid at {key!r}: {first['msg'].lower()}") from error
+    except InvalidIdError as error:
+        raise CheckpointCorruptError(where, f"its metadata is not valid: {error}") from error
+    return metadata

@@ -17,6 +17,7 @@ from sb3_mlflow_ckpt.errors import (
     InvalidIdError,
 )
 from sb3_mlflow_ckpt.layout import RunFolder, model_path
+from sb3_mlflow_ckpt.loading import read_source
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata
 from sb3_mlflow_ckpt.verification import verify_checkpoint
 
@@ -48,6 +49,7 @@ def resolve_checkpoint(
     agent_id: str,
     tracking_uri: str | None = None,
     accept: Callable[[CheckpointMetadata], bool] = lambda metadata: True,
+    algo: str | None = None,
 ) -> ResumeSource | None:
     """Return the checkpoint that a reference names, verified.
 
@@ -58,6 +60,7 @@ def resolve_checkpoint(
         agent_id: Whose checkpoints they look at.
         tracking_uri: Where `runs:/` URIs are resolved; MLflow's own setting where it is None.
         accept: Tells by its metadata whether `latest` and `auto` consider a checkpoint.
+        algo: The algorithm of a zip that SB3's own `save` wrote.
 
     Returns:
         The checkpoint; None for `auto` where there is none.
@@ -86,7 +89,7 @@ def resolve_checkpoint(
         if newest is None:
             raise CheckpointNotFoundError(reference, "The folder is not a run folder with a checkpoint that verifies")
         return _from_path(newest)
-    return _from_path(path)
+    return _from_path(path, algo)
 
 
 def check_spaces(source: ResumeSource, env: VecEnv) -> None:
@@ -103,9 +106,9 @@ def check_spaces(source: ResumeSource, env: VecEnv) -> None:
             )
 
 
-def _from_path(path: Path) -> ResumeSource:
+def _from_path(path: Path, algo: str | None = None) -> ResumeSource:
     try:
-        metadata = verify_checkpoint(path)
+        metadata = read_source(path, algo)
     except IncompatibleCheckpointError:
         raise
     except CheckpointCorruptError as error:

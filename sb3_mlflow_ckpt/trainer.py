@@ -13,21 +13,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sb3_mlflow_ckpt.algorithms import algorithm_class, build_model, check_hyperparameters, default_learning_rate
+from sb3_mlflow_ckpt.algorithms import (
+    algorithm_class,
+    algorithm_name,
+    build_model,
+    check_hyperparameters,
+    default_learning_rate,
+)
 from sb3_mlflow_ckpt.checkpoints import note_origin
 from sb3_mlflow_ckpt.config import TrainingConfig, differences
 from sb3_mlflow_ckpt.environments import make_env
 from sb3_mlflow_ckpt.errors import (
-    CheckpointLoadError,
     CheckpointSaveError,
     ConfigError,
     IncompatibleCheckpointError,
     TrainingInterrupted,
 )
 from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror
-from sb3_mlflow_ckpt.provenance import version_differences
 from sb3_mlflow_ckpt.replication import Mirror
 from sb3_mlflow_ckpt.resume import ResumeSource, check_spaces, resolve_checkpoint
+from sb3_mlflow_ckpt.runs.document import plain
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -115,9 +120,11 @@ def resolve_config(config: TrainingConfig) -> ResolvedTraining:
             tracking_uri=config.tracking_uri,
             # A trial must not become what the real training starts from.
             accept=lambda metadata: config.mode == "smoke" or metadata.config.get("mode") != "smoke",
+            algo=config.algo if "algo" in config.model_fields_set else None,
         )
+    saved: dict[str, Any] = {}
     if source is not None:
-        config = _inherit(config, source)
+        config, saved = _inherit(config, source)
     model_class = algorithm_class(config.algo)
     check_hyperparameters(model_class, config.hyperparameters)
     resolved = config.model_copy(
@@ -130,7 +137,7 @@ def resolve_config(config: TrainingConfig) -> ResolvedTraining:
             "seed": config.seed if config.seed is not None else secrets.randbelow(2**31),
         }
     )
-    changed = differences(source.metadata.config, resolved.to_json()) if source is not None else {}
+    changed = differences(plain(saved), resolved.to_json()) if source is not None else {}
     return ResolvedTraining(resolved, source, changed)
 
 
@@ -232,40 +239,38 @@ def _model(resolved: ResolvedTraining, env: VecEnv, seed: int) -> BaseAlgorithm:
     source = resolved.source
     if source is None:
         return build_model(resolved.config, env, seed=seed)
-    from sb3_mlflow_ckpt.state.archive import read_archive
-    from sb3_mlflow_ckpt.state.model import restore_model
+    from sb3_mlflow_ckpt.loading import check_foreign_spaces, restore
+    from sb3_mlflow_ckpt.state.allocation import bounded
 
+    trusted = resolved.config.trust_checkpoint
     check_spaces(source, env)
-    model = build_model(resolved.config, env, seed=seed)
+    check_foreign_spaces(source.path, source.uri, source.metadata, env)
+    with bounded(None if trusted else source.path.stat().st_size):
+        model = build_model(resolved.config, env, seed=seed)
     overridden = {key.partition(".")[2] for key in resolved.differences if key.startswith("hyperparameters.")}
     for name in sorted(overridden & _INITIAL_ONLY):
         logger.warning("%s has no effect: it sets initial parameters, and they come from the checkpoint", name)
-    try:
-        restore_model(model, read_archive(source.path, model.device), overridden=overridden)
-    except CheckpointLoadError:
-        raise
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise CheckpointLoadError(source.uri, reason, version_differences(source.metadata.versions)) from error
+    restore(model, source.path, source.uri, source.metadata, overridden=overridden, trusted=trusted)
     note_origin(model, source.uri, source.metadata, source.path)
     return model
 
 
-def _inherit(config: TrainingConfig, source: ResumeSource) -> TrainingConfig:
+def _inherit(config: TrainingConfig, source: ResumeSource) -> tuple[TrainingConfig, dict[str, Any]]:
+    """Return the configuration with what it inherits, and the checkpoint's own."""
+    from sb3_mlflow_ckpt.loading import inherited_settings
+
     given = config.model_fields_set
     saved = source.metadata.algo
-    if "algo" in given and algorithm_class(config.algo) is not algorithm_class(saved):
+    # The names are compared: the class of a stranger's name is not imported for that.
+    if "algo" in given and algorithm_name(algorithm_class(config.algo)) != saved:
         raise IncompatibleCheckpointError(
             source.uri, f"it was trained with {saved!r}, this run asks for {config.algo!r}", f"Use --algo {saved}"
         )
     if "env_id" not in given and not source.metadata.config.get("env_id"):
         raise ConfigError("env_id", "is needed: the checkpoint does not say which environment it was trained in")
-    undescribed = source.metadata.config.get("undescribed")
-    if undescribed:
-        logger.warning(
-            "The checkpoint does not say what %s was: give it again, or the default is taken", ", ".join(undescribed)
-        )
-    return config.inherit({**source.metadata.config, "algo": saved, "agent_id": source.metadata.agent_id})
+    own = {key: getattr(config, key) for key in given}
+    parent = inherited_settings(source.path, source.uri, source.metadata, own, trusted=config.trust_checkpoint)
+    return config.inherit(parent), parent
 
 
 def _seed(resolved: ResolvedTraining) -> int:

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 _KIND = "$"
 _ALIGNMENT = 64
 _DEPTH = 64
+# JSON readers differ beyond it; the states of random number generators are such integers.
+_LARGEST_INTEGER = 2**63 - 1
+_LONGEST_INTEGER = 300
 # Kinds of numpy types whose bytes mean the same in every process: no objects, no structures.
 _PLAIN_KINDS = frozenset("biufcSU")
 
@@ -73,6 +76,10 @@ class _Offset:
 
 
 def _encode(value: Any, arrays: list[NDArray[Any]], where: str, offset: _Offset) -> Any:
+    if type(value) is int and abs(value) > _LARGEST_INTEGER:
+        if value.bit_length() > 3 * _LONGEST_INTEGER:
+            raise NotPlainError(f"{where} is an integer of {value.bit_length()} bits")
+        return {_KIND: "integer", "digits": str(value)}
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, (bool, int, float, str)) and not isinstance(value, np.generic):
@@ -119,6 +126,11 @@ def _decode(document: Any, content: memoryview, depth: int) -> Any:
     kind = document.get(_KIND)
     if kind is None:
         return {key: _decode(item, content, depth + 1) for key, item in document.items()}
+    if kind == "integer":
+        digits = document.get("digits")
+        if not isinstance(digits, str) or len(digits) > _LONGEST_INTEGER:
+            raise ValueError("the state holds an integer that is not described")
+        return int(digits)
     items = document.get("items")
     if kind == "tuple" and isinstance(items, list):
         return tuple(_decode(item, content, depth + 1) for item in items)

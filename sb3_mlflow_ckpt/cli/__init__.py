@@ -23,6 +23,7 @@ from sb3_mlflow_ckpt.cli.options import (
     with_options,
 )
 from sb3_mlflow_ckpt.errors import CheckpointNotFoundError
+from sb3_mlflow_ckpt.printable import printable, printable_json
 
 if TYPE_CHECKING:
     from sb3_mlflow_ckpt.config import TrainingConfig
@@ -86,9 +87,9 @@ def _print_resolved(resolved: ResolvedTraining) -> None:
     import yaml
 
     if resolved.source is not None:
-        click.echo(f"# resumes {resolved.source.uri}")
+        click.echo(printable(f"# resumes {resolved.source.uri}"))
         for key, change in resolved.differences.items():
-            click.echo(f"# differs from the checkpoint: {key}: {change['from']!r} -> {change['to']!r}")
+            click.echo(printable(f"# differs from the checkpoint: {key}: {change['from']!r} -> {change['to']!r}"))
     click.echo(yaml.safe_dump(resolved.config.to_json(), sort_keys=False, allow_unicode=True), nl=False)
 
 
@@ -146,7 +147,7 @@ def verify_command(
     if as_json:
         _print_json(results)
     for result in [] if as_json else results:
-        click.echo(f"{result['path']}: {result['status']}" + (f": {result['why']}" if result["why"] else ""))
+        click.echo(printable(f"{result['path']}: {result['status']}" + (f": {result['why']}" if result["why"] else "")))
     if not results:
         click.echo(f"No checkpoints in {checkpoint_dir}", err=True)
     if any(result["status"] != "ok" for result in results):
@@ -276,4 +277,4 @@ def _existing(folder: str) -> str:
 
 
 def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    click.echo(printable_json(json.dumps(value, indent=2, ensure_ascii=False, default=str)))

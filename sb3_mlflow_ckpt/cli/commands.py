@@ -13,6 +13,7 @@ from typing import IO, Any
 import click
 
 from sb3_mlflow_ckpt.errors import CheckpointError, ConfigError, InvalidIdError, MirrorUnavailableError
+from sb3_mlflow_ckpt.printable import printable
 
 FAILURE_EXIT_CODE = 1
 
@@ -27,7 +28,7 @@ class OneLineError(click.ClickException):
     exit_code = FAILURE_EXIT_CODE
 
     def __init__(self, line: str) -> None:
-        super().__init__(" ".join(part.strip() for part in line.splitlines()))
+        super().__init__(printable(" ".join(part.strip() for part in line.splitlines())))
 
     def show(self, file: IO[Any] | None = None) -> None:
         click.echo(self.message, file=file, err=file is None)

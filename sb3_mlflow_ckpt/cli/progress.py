@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
 
 from sb3_mlflow_ckpt.callback import EpisodeCheckpointCallback
-from sb3_mlflow_ckpt.config import ENVIRONMENT_PREFIX, TrainingConfig
+from sb3_mlflow_ckpt.config import ENVIRONMENT_PREFIX, TrainingConfig, inheritable_fields
+from sb3_mlflow_ckpt.printable import printable
 from sb3_mlflow_ckpt.trainer import ResolvedTraining, TrainingResult
+from sb3_mlflow_ckpt.trust import Refusal, not_taken_over, refusals
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_FRAMES = 0.25
@@ -95,7 +98,7 @@ class TerminalReporter:
 
     def _print(self, text: str) -> None:
         # A command must be copyable: no wrapping, no markup, no highlighting.
-        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+        self._console.print(printable(text), soft_wrap=True, markup=False, highlight=False)
 
 
 def resume_command(config: TrainingConfig, checkpoint: Path, total_timesteps: int | None = None) -> str:
@@ -113,11 +116,23 @@ def resume_command(config: TrainingConfig, checkpoint: Path, total_timesteps: in
         if getattr(config, key) != TrainingConfig.model_fields[key].default:
             words += [f"--{key.replace('_', '-')}", str(getattr(config, key))]
     shown = config.to_json()
+    words += _not_inherited(shown)
     for key in ("tracking_uri", "mongo_uri"):
         # An address with a password is left to the environment variable that it can come from.
         if shown[key] and shown[key] == getattr(config, key):
             words += [f"--{key.replace('_', '-')}", shown[key]]
     return shlex.join(words if config.mlflow else [*words, "--mlflow", "false"])
+
+
+def _not_inherited(config: Mapping[str, Any]) -> list[str]:
+    """Return the flags of what a resume in a new process would not take from the checkpoint by itself."""
+    inherited = {key: config[key] for key in inheritable_fields() if config.get(key) is not None}
+    given = {refusal.setting: refusal.words for refusal in refusals(inherited)}
+    hyperparameters = config.get("hyperparameters") or {}
+    kept = not_taken_over(config).get("hyperparameters") or {}
+    lost = {f"hyperparameters.{key}": value for key, value in hyperparameters.items() if key not in kept}
+    given |= {key: Refusal(key, value, "").words for key, value in lost.items() if value is not None}
+    return [word for words in given.values() for word in words]
 
 
 def configure_logging(console: Console) -> None:

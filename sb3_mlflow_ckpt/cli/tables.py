@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sb3_mlflow_ckpt.printable import printable
+
 _WIDTH_WITHOUT_TERMINAL = 200
 _COLOURS = {"running": "green", "completed": "cyan", "failed": "red", "interrupted": "yellow", "lost": "red"}
 
@@ -17,10 +19,10 @@ def print_runs(runs: Sequence[Mapping[str, Any]]) -> None:
     """Print one line a run."""
     table = Table("run", "agent", "status", "episode", "timesteps", "reward", "started", box=None)
     for run in runs:
-        progress = run.get("progress") or {}
+        progress = _mapping(run.get("progress"))
         table.add_row(
-            escape(str(run.get("run_id"))),
-            escape(str(run.get("agent_id"))),
+            _text(str(run.get("run_id"))),
+            _text(str(run.get("agent_id"))),
             _status(run),
             _text(progress.get("episode")),
             f"{_text(progress.get('num_timesteps'))} / {_text(progress.get('total_timesteps'))}",
@@ -44,12 +46,12 @@ def print_run(run: Mapping[str, Any]) -> None:
             cells = (item.get(key) for key in ("episode", "num_timesteps", "mean_reward", "trigger", "state"))
             # What can be typed after --resume-from-checkpoint: the copy in MLflow where the disk has it no more.
             where = item.get("path") if item.get("on_disk") else item.get("uri") or item.get("path")
-            table.add_row(escape(str(where)), *(_text(cell) for cell in cells))
+            table.add_row(_text(str(where)), *(_text(cell) for cell in cells))
         console.print(table)
 
 
 def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    progress, parent, error = (run.get(key) or {} for key in ("progress", "parent", "error"))
+    progress, parent, error = (_mapping(run.get(key)) for key in ("progress", "parent", "error"))
     facts = {
         "run": _text(run.get("run_id")),
         "name": _text(run.get("name")),
@@ -63,7 +65,7 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         "ended": _text(run.get("ended_at")),
         "resumed from": _text(parent.get("checkpoint")),
         "resumed exactly": _exactly(run.get("resume")),
-        "error": escape(f"{error.get('type')}: {error.get('message')}") if error else "-",
+        "error": _text(f"{error.get('type')}: {error.get('message')}") if error else "-",
     }
     return [(name, value) for name, value in facts.items() if value != "-"]
 
@@ -71,21 +73,26 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _exactly(resume: Any) -> str:
     if not isinstance(resume, Mapping):
         return "-"
-    return "yes" if resume.get("exact") else escape(f"no: {resume.get('reason')}")
+    return "yes" if resume.get("exact") else _text(f"no: {resume.get('reason')}")
 
 
 def _status(run: Mapping[str, Any]) -> str:
     status = str(run.get("status"))
     colour = _COLOURS.get(status)
-    return f"[{colour}]{escape(status)}[/]" if colour else escape(status)
+    return f"[{colour}]{_text(status)}[/]" if colour else _text(status)
 
 
 def _text(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return escape(str(value))
+        return escape(printable(str(value), keep="\n"))
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    # A record that somebody edited is shown as far as it can be understood.
+    return value if isinstance(value, Mapping) else {}
 
 
 def _console() -> Console:

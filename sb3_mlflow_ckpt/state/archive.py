@@ -4,6 +4,7 @@
 |---|---|
 | `data`, `policy.pth`, `policy.optimizer.pth`, `pytorch_variables.pth`, ... | as SB3's `save` writes them |
 | `sb3_mlflow_ckpt/state.json` | what is in the metadata file, but for the hashes; counters |
+| `sb3_mlflow_ckpt/spaces.json`, `spaces.bin` | the observation and action space, bounds and all |
 | `sb3_mlflow_ckpt/vec_normalize.npz` | statistics of VecNormalize |
 | `sb3_mlflow_ckpt/exact.json`, `exact.bin` | what makes a resume exact: a document, and the arrays that it counts |
 
@@ -16,6 +17,7 @@ import functools
 import io
 import json
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,15 +25,20 @@ import numpy as np
 import stable_baselines3
 from stable_baselines3.common.utils import get_system_info
 
-from sb3_mlflow_ckpt import tree
-from sb3_mlflow_ckpt.errors import CheckpointCorruptError, IncompatibleCheckpointError
+from sb3_mlflow_ckpt import atomic, tree
+from sb3_mlflow_ckpt.errors import CheckpointCorruptError, CheckpointLoadError
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata
-from sb3_mlflow_ckpt.state.embedded import READ_ERRORS, STATE_MEMBER, dump_state, read_state
-from sb3_mlflow_ckpt.state.model import ModelCapture, dump_tensors, load_tensors
+from sb3_mlflow_ckpt.spaces import decode_space
+from sb3_mlflow_ckpt.state import checked
+from sb3_mlflow_ckpt.state.container import READ_ERRORS, Container, open_container
+from sb3_mlflow_ckpt.state.embedded import STATE_MEMBER, dump_state, read_state
+from sb3_mlflow_ckpt.state.model import ModelCapture, dump_tensors
 
 NORMALIZATION_MEMBER = "sb3_mlflow_ckpt/vec_normalize.npz"
 EXACT_MEMBER = "sb3_mlflow_ckpt/exact.json"
 EXACT_ARRAYS_MEMBER = "sb3_mlflow_ckpt/exact.bin"
+SPACES_MEMBER = "sb3_mlflow_ckpt/spaces.json"
+_SPACES_ARRAYS_MEMBER = "sb3_mlflow_ckpt/spaces.bin"
 _VARIABLES_MEMBER = "pytorch_variables.pth"
 
 
@@ -50,7 +57,11 @@ def write_archive(file: BinaryIO, capture: ModelCapture, metadata: CheckpointMet
             archive.writestr(f"{name}.pth", dump_tensors(state_dict))
         archive.writestr("_stable_baselines3_version", stable_baselines3.__version__)
         archive.writestr("system_info.txt", _system_info())
-        archive.writestr(STATE_MEMBER, dump_state(metadata, capture.state))
+        archive.writestr(STATE_MEMBER, dump_state(metadata, {**capture.state, "built": dict(capture.built)}))
+        if capture.spaces is not None:
+            document, arrays = tree.encode(capture.spaces)
+            archive.writestr(SPACES_MEMBER, json.dumps(document))
+            archive.writestr(_SPACES_ARRAYS_MEMBER, b"".join(piece.tobytes() for piece in tree.pieces(arrays)))
         if capture.arrays:
             buffer = io.BytesIO()
             np.savez(buffer, allow_pickle=False, **capture.arrays)
@@ -70,43 +81,84 @@ def read_exact(path: Path) -> dict[str, Any] | None:
         CheckpointCorruptError: It cannot be read.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            if EXACT_MEMBER not in archive.namelist():
+        with open_container(path) as archive:
+            if EXACT_MEMBER not in archive:
                 return None
-            state = tree.decode(json.loads(archive.read(EXACT_MEMBER)), archive.read(EXACT_ARRAYS_MEMBER))
-    except (*READ_ERRORS, RecursionError) as error:
+            state = tree.decode(archive.read_json(EXACT_MEMBER), archive.read(EXACT_ARRAYS_MEMBER))
+    except CheckpointCorruptError:
+        raise
+    except READ_ERRORS as error:
         raise CheckpointCorruptError(path, f"its exact state cannot be read ({error})") from error
     if not isinstance(state, dict):
         raise CheckpointCorruptError(path, "its exact state is not a mapping")
     return state
 
 
-def read_archive(path: Path, device: Any = "cpu") -> ModelCapture:
+def read_archive(path: Path, device: Any = "cpu", *, sha256: str | None = None, trusted: bool = False) -> ModelCapture:
     """Return the model in a checkpoint's zip; `data`, which holds pickles, is left out.
+
+    Args:
+        path: The zip.
+        device: Where its tensors go.
+        sha256: What its content must still be: it may have been exchanged since it was verified.
+        trusted: Whether sizes are believed.
 
     Raises:
         CheckpointCorruptError: The file is no zip, or a member cannot be read.
         IncompatibleCheckpointError: The zip was not written by this package.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            state = read_state(archive, path)
-            names = set(archive.namelist())
-            tensors = {
-                name.removesuffix(".pth"): load_tensors(archive.read(name), device)
-                for name in sorted(names)
-                if name.endswith(".pth") and "/" not in name
-            }
-            arrays = {}
-            if NORMALIZATION_MEMBER in names:
-                with np.load(io.BytesIO(archive.read(NORMALIZATION_MEMBER)), allow_pickle=False) as content:
-                    arrays = {key: content[key] for key in content.files}
-    except (CheckpointCorruptError, IncompatibleCheckpointError):
+        # One open file for all: what is hashed is what is read, whatever comes to lie at the path.
+        with open(path, "rb") as file:
+            check_content(file, path, sha256)
+            with open_container(file, path, trusted=trusted) as container:
+                state = read_state(container)
+                tensors = read_tensors(container, device, trusted=trusted)
+                arrays = {}
+                if NORMALIZATION_MEMBER in container:
+                    arrays = checked.read_arrays(container.read(NORMALIZATION_MEMBER), container.where)
+                spaces = _read_spaces(container)
+    except CheckpointLoadError:
         raise
     except READ_ERRORS as error:
-        raise CheckpointCorruptError(path, f"its zip cannot be read ({error})") from error
+        raise CheckpointCorruptError(path, f"its zip cannot be read ({checked.reason(error)})") from error
     variables = tensors.pop(_VARIABLES_MEMBER.removesuffix(".pth"), {})
-    return ModelCapture(data="", state_dicts=tensors, variables=variables, state=state, arrays=arrays)
+    built = state.pop("built", None)
+    return ModelCapture(
+        data="",
+        state_dicts=tensors,
+        variables=checked.variables(variables, path),
+        state=checked.state(state, path),
+        arrays=arrays,
+        spaces=spaces,
+        built=built if isinstance(built, dict) else {},
+    )
+
+
+def check_content(file: BinaryIO, path: Path, sha256: str | None) -> None:
+    """Raise a CheckpointCorruptError if an open file is not what was verified."""
+    if sha256 is not None and atomic.digest(file) != sha256:
+        raise CheckpointCorruptError(path, "its SHA-256 differs from its metadata's: the content was altered")
+    file.seek(0)
+
+
+def read_tensors(container: Container, device: Any, *, trusted: bool = False) -> dict[str, Any]:
+    """Return what the `.pth` members at the top of a zip hold, by name without the ending."""
+    return {
+        name.removesuffix(".pth"): checked.load_tensors(container.read(name), device, name, trusted=trusted)
+        for name in sorted(container.names)
+        if name.endswith(".pth") and "/" not in name
+    }
+
+
+def _read_spaces(container: Container) -> Mapping[str, Any] | None:
+    if SPACES_MEMBER not in container:
+        return None
+    arrays = container.read(_SPACES_ARRAYS_MEMBER)
+    encoded = tree.decode(container.read_json(SPACES_MEMBER), arrays)
+    if not isinstance(encoded, dict):
+        raise ValueError(f"{SPACES_MEMBER} is not a JSON object")
+    return {kind: decode_space(encoded.get(kind)) for kind in ("observation", "action")}
 
 
 @functools.cache

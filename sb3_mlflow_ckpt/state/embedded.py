@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sb3_mlflow_ckpt.errors import CheckpointCorruptError, IncompatibleCheckpointError
-from sb3_mlflow_ckpt.metadata import CheckpointMetadata, parse_metadata
+from sb3_mlflow_ckpt.errors import CheckpointCorruptError, CheckpointLoadError, ForeignCheckpointError
+from sb3_mlflow_ckpt.metadata import CheckpointMetadata, check_metadata
+from sb3_mlflow_ckpt.state.container import READ_ERRORS, Container, open_container
 
 STATE_MEMBER = "sb3_mlflow_ckpt/state.json"
-READ_ERRORS = (zipfile.BadZipFile, OSError, EOFError, KeyError, ValueError, RuntimeError, NotImplementedError)
 
 
 def dump_state(metadata: CheckpointMetadata, state: dict[str, Any]) -> str:
@@ -19,22 +19,21 @@ def dump_state(metadata: CheckpointMetadata, state: dict[str, Any]) -> str:
     return json.dumps({"metadata": metadata.to_json(), **state}, ensure_ascii=False)
 
 
-def read_state(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
+def read_state(container: Container) -> dict[str, Any]:
     """Return the member's content.
 
     Raises:
-        IncompatibleCheckpointError: The zip was not written by this package.
+        ForeignCheckpointError: The zip was not written by this package.
         CheckpointCorruptError: The member is not a JSON object.
     """
-    if STATE_MEMBER not in archive.namelist():
-        raise IncompatibleCheckpointError(
-            path,
-            "it was not written by sb3_mlflow_ckpt: its configuration and counters are unknown",
-            "Load its weights with the algorithm's own load(), for example PPO.load(path)",
-        )
-    state = json.loads(archive.read(STATE_MEMBER))
+    if STATE_MEMBER not in container:
+        raise ForeignCheckpointError(container.where)
+    try:
+        state = container.read_json(STATE_MEMBER)
+    except READ_ERRORS as error:
+        raise CheckpointCorruptError(container.where, f"{STATE_MEMBER} cannot be read: {error}") from error
     if not isinstance(state, dict):
-        raise CheckpointCorruptError(path, f"{STATE_MEMBER} is not a JSON object")
+        raise CheckpointCorruptError(container.where, f"{STATE_MEMBER} is not a JSON object")
     return state
 
 
@@ -46,16 +45,31 @@ def read_embedded_metadata(path: Path, *, check_members: bool) -> CheckpointMeta
         check_members: Whether the CRC of every member is checked too: all that can be, without the hashes.
 
     Raises:
-        IncompatibleCheckpointError: The zip was not written by this package.
+        ForeignCheckpointError: The zip was not written by this package.
         CheckpointCorruptError: It is no zip, or a member is damaged.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip() if check_members else None
-            if damaged is not None:
-                raise CheckpointCorruptError(path, f"its member {damaged!r} is damaged")
-            return parse_metadata(json.dumps(read_state(archive, path).get("metadata")), path)
-    except (CheckpointCorruptError, IncompatibleCheckpointError):
+        with open_container(path) as container:
+            if check_members:
+                container.check_members()
+            return check_metadata(read_state(container).get("metadata"), path)
+    except CheckpointLoadError:
         raise
     except READ_ERRORS as error:
         raise CheckpointCorruptError(path, f"its zip cannot be read ({error})") from error
+
+
+def read_built(path: Path) -> Mapping[str, Any]:
+    """Return how the model of a checkpoint was built, as its own constructor would be told; empty in older ones.
+
+    Raises:
+        CheckpointLoadError: The zip cannot be read.
+    """
+    try:
+        with open_container(path) as container:
+            built = read_state(container).get("built")
+    except CheckpointLoadError:
+        raise
+    except READ_ERRORS as error:
+        raise CheckpointCorruptError(path, f"its zip cannot be read ({error})") from error
+    return built if isinstance(built, dict) else {}

@@ -14,7 +14,10 @@ import torch as th
 from stable_baselines3.common.save_util import data_to_json, recursive_getattr, recursive_setattr
 from stable_baselines3.common.vec_env import unwrap_vec_normalize
 
+from sb3_mlflow_ckpt.algorithms import describe_constructor
+from sb3_mlflow_ckpt.spaces import encode_space
 from sb3_mlflow_ckpt.state import normalization
+from sb3_mlflow_ckpt.tree import NotPlainError
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -46,6 +49,9 @@ class ModelCapture:
         variables: Other tensors (`log_ent_coef`).
         state: Counters and settings, as plain JSON.
         arrays: Statistics of VecNormalize; empty without one.
+        spaces: The `observation` and `action` space: encoded where it was captured, decoded where it was read; None
+            where they have no plain form.
+        built: What the constructor would be told to build the model again.
         exact: What makes a resume exact (`state.exact`); None where it was not captured.
     """
 
@@ -54,6 +60,8 @@ class ModelCapture:
     variables: dict[str, Any]
     state: dict[str, Any]
     arrays: normalization.Arrays = field(default_factory=dict)
+    spaces: Mapping[str, Any] | None = None
+    built: Mapping[str, Any] = field(default_factory=dict)
     exact: dict[str, Any] | None = None
 
 
@@ -82,7 +90,17 @@ def capture_model(model: BaseAlgorithm, attributes: Mapping[str, Any] | None = N
         variables={name: _clone(recursive_getattr(model, name), memo) for name in variable_names},
         state=state,
         arrays=arrays,
+        spaces=_encoded_spaces(model),
+        built=describe_constructor(model, attributes),
     )
+
+
+def _encoded_spaces(model: BaseAlgorithm) -> dict[str, Any] | None:
+    try:
+        return {"observation": encode_space(model.observation_space), "action": encode_space(model.action_space)}
+    except NotPlainError as error:
+        logger.debug("The checkpoint cannot be loaded without an environment: %s", error)
+        return None
 
 
 def restore_model(
@@ -120,8 +138,10 @@ def restore_model(
                 _restore_optimizer(target, capture.state_dicts[name])
         else:
             getattr(target, "_orig_mod", target).load_state_dict(capture.state_dicts[name])
+    variable_names = model._get_torch_save_params()[1]
     for name, value in capture.variables.items():
-        if name not in skipped and value is not None:
+        # Only what the algorithm itself would save: a name is a path to any attribute.
+        if name in variable_names and name not in skipped and value is not None:
             recursive_setattr(model, f"{name}.data", value.to(model.device))
     for name, value in capture.state.get("counters", {}).items():
         if hasattr(model, name):
@@ -146,11 +166,6 @@ def dump_tensors(value: Any) -> bytes:
     buffer = io.BytesIO()
     th.save(value, buffer)
     return buffer.getvalue()
-
-
-def load_tensors(content: bytes, device: th.device | str) -> Any:
-    """Return what `dump_tensors` wrote; anything but tensors and plain containers is refused."""
-    return th.load(io.BytesIO(content), map_location=device, weights_only=True)
 
 
 def all_finite(model: BaseAlgorithm) -> bool:
