@@ -1,8 +1,8 @@
 """Owns what of an Atari emulator outlives a reset: its random number generators, its RAM and its frame counter.
 
 The emulator can serialise its whole state, but its reader trusts lengths in those bytes: a crafted state writes beyond
-its buffers. So bytes from a file never reach it. A game is replayed from its last reset instead, and only plain numbers,
-each of them checked, are set before: they are put into the bytes of a state that this process has just taken itself.
+its buffers. So bytes from a file never reach it. A game is replayed from its last reset instead, and only plain
+numbers, each of them checked, are set before: they are put into the bytes of a state that this process took itself.
 """
 
 from __future__ import annotations

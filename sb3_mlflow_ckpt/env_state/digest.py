@@ -15,7 +15,7 @@ _OUTCOME = struct.Struct("<d??").pack
 def add_observation(value: Any, crc: int) -> int:
     """Return the checksum with an observation, also of dictionaries and tuples, added to it."""
     if isinstance(value, np.ndarray) and value.dtype.kind != "O":
-        return crc32(value if value.flags.c_contiguous else value.tobytes(), crc)
+        return crc32(value.data if value.flags.c_contiguous else value.tobytes(), crc)
     if isinstance(value, np.generic):
         return crc32(value.tobytes(), crc)
     if isinstance(value, Mapping):
@@ -32,7 +32,7 @@ def add_observation(value: Any, crc: int) -> int:
 def add_step(observation: Any, reward: Any, terminated: Any, truncated: Any, crc: int) -> int:
     """Return the checksum with the answer to one action added to it."""
     if type(observation) is np.ndarray and observation.flags.c_contiguous and observation.dtype.kind != "O":
-        crc = crc32(observation, crc)
+        crc = crc32(observation.data, crc)
     else:
         crc = add_observation(observation, crc)
     try:

@@ -42,6 +42,7 @@ _HARMLESS = (
 )  # fmt: skip
 _PLAIN_KINDS = frozenset("biufcSU")
 _DEPTH = 32
+_CHECKS = ("checked_reset", "checked_step", "checked_data_reuse")
 _MISSING = object()
 
 
@@ -75,19 +76,34 @@ class Layer:
                 found.append(f"{self.name}.{name} ({type(value).__module__}.{type(value).__qualname__})")
         return found
 
+    def fitting(self, stored: Any) -> dict[str, Any]:
+        """Return those of some attributes that `check` lets through."""
+        fitting = {}
+        for name, value in stored.items() if isinstance(stored, Mapping) else ():
+            try:
+                self.check({name: value})
+            except StateRefusedError:
+                continue
+            fitting[name] = value
+        return fitting
+
     def check(self, stored: Any) -> None:
         """Raise a StateRefusedError unless these attributes can be put back here."""
         if not isinstance(stored, Mapping):
             raise StateRefusedError(f"the attributes of {self.name} are missing")
         held = dict(self._held())
         for name, value in stored.items():
-            if not isinstance(name, str) or name in _NOT_STATE or (name not in held and hasattr(self.env, str(name))):
+            if not isinstance(name, str) or name in _NOT_STATE or (name not in held and not self._could_begin(name)):
                 raise StateRefusedError(f"{self.name} has no attribute {name!r} that could be put back")
             if not _fits(held.get(name), value):
                 raise StateRefusedError(f"{self.name}.{name} is a {type(held.get(name)).__name__} of another form here")
 
     def apply(self, stored: Mapping[str, Any]) -> None:
         """Put attributes back that `check` found right; the others become what they were at first."""
+        for name in _CHECKS if self._is_checker else ():
+            # It compares the first steps with the reset before them, which a restored environment never had.
+            if name in vars(self.env):
+                setattr(self.env, name, True)
         for name, value in [*self._values()]:
             then = stored[name] if name in stored else self._baseline.get(name, _MISSING)
             if then is not _MISSING and not _same(value, then):
@@ -120,6 +136,11 @@ class Layer:
         for name, generator in self.generators():
             if name in stored:
                 set_generator_state(generator, stored[name])
+
+    def _could_begin(self, name: str) -> bool:
+        # An attribute that is set later; until then there is none, or a plain default of the class.
+        default = getattr(type(self.env), name, None)
+        return name.isidentifier() and not name.startswith("__") and isinstance(default, (bool, int, float, type(None)))
 
     def _held(self) -> Iterator[tuple[str, Any]]:
         if self._is_checker:
@@ -214,7 +235,7 @@ def _fits(now: Any, then: Any) -> bool:
         # A text may name a file or a command.
         return bool(now == then)
     if isinstance(now, np.ndarray) and isinstance(then, np.ndarray):
-        return now.dtype == then.dtype and now.shape == then.shape
+        return bool(now.dtype == then.dtype and now.shape == then.shape)
     if isinstance(then, Mapping):
         now = vars(now) if _is_statistics(now) else now
         known = now if isinstance(now, Mapping) else {}

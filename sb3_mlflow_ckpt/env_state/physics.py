@@ -46,6 +46,7 @@ class Simulation:
         self._mujoco, self._env = mujoco, env
         # Those that have their size before a first step have it always.
         fresh = mujoco.MjData(env.model)
+        self._model = self._model_checksum()
         self._fields = [
             name
             for name in dir(fresh)
@@ -54,9 +55,11 @@ class Simulation:
 
     def get_state(self) -> dict[str, Any]:
         """Return the simulation as arrays, and a checksum of its model."""
+        if self._model_checksum() != self._model:
+            raise StateRefusedError("the environment changes its MuJoCo model")
         data = self._env.data
         arrays = {name: np.array(getattr(data, name)) for name in self._fields}
-        return {"time": float(data.time), "model": self._model_checksum(), "arrays": arrays}
+        return {"time": float(data.time), "model": self._model, "arrays": arrays}
 
     def set_state(self, state: Any) -> None:
         """Put back what `get_state` returned.
@@ -89,13 +92,13 @@ class Simulation:
                 raise StateRefusedError(f"{name} of the simulation has another shape")
             if array.dtype.kind == "f" and array.size and not np.all(np.abs(array) < _GREATEST):
                 raise StateRefusedError(f"{name} of the simulation is not finite")
-        return arrays
+        return dict(arrays)
 
     def _model_checksum(self) -> int:
         model = self._env.model
         content = np.empty(self._mujoco.mj_sizeModel(model), dtype=np.uint8)
         self._mujoco.mj_saveModel(model, None, content)
-        return crc32(content)
+        return crc32(content.data)
 
 
 def _is_state(value: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from sb3_mlflow_ckpt.env_state import ale, digest
+from sb3_mlflow_ckpt.env_state import ale, digest, world
 from sb3_mlflow_ckpt.env_state.generators import StateRefusedError, get_global_state, set_global_state
 from sb3_mlflow_ckpt.env_state.layers import Layer
 from sb3_mlflow_ckpt.tree import NotPlainError, encode
@@ -107,7 +107,7 @@ def replay(
     before, arguments, actions, inner_resets = _checked(env, layers, state, most)
     for layer, attributes in zip(layers, before["attributes"], strict=True):
         if with_attributes or layer.is_wrapper:
-            layer.apply(attributes)
+            layer.apply(layer.fitting(attributes))
     if before.get("emulator") is not None and ale.is_emulator(layers[-1].env):
         ale.set_emulator_state(layers[-1].env, before["emulator"])
     for layer, generators in zip(layers, before["generators"], strict=True):
@@ -116,6 +116,7 @@ def replay(
         set_global_state(before["process"])
     recording = Recording(before, arguments, most)
     with _unwatched(layers):
+        world.renew(layers[-1].env)
         observation, _ = env.reset(**arguments)
         recording.add_reset(observation)
         waiting = list(inner_resets)
@@ -135,9 +136,7 @@ def replay(
 def _checked(env: Any, layers: list[Layer], state: Any, most: int) -> tuple[Any, Any, Any, Any]:
     try:
         before, arguments, resets = state["before"], state["arguments"], state["inner_resets"]
-        if not isinstance(state["crc"], int) or len(before["attributes"]) != len(layers) != len(before["generators"]):
-            raise StateRefusedError("the recording is of another chain of wrappers")
-        if len(before["generators"]) != len(layers):
+        if not isinstance(state["crc"], int) or {len(before["attributes"]), len(before["generators"])} != {len(layers)}:
             raise StateRefusedError("the recording is of another chain of wrappers")
         actions = _unpacked(state["actions"])
         for at, again in resets:
@@ -155,8 +154,6 @@ def _checked(env: Any, layers: list[Layer], state: Any, most: int) -> tuple[Any,
     # Native simulators are not made for actions of another shape.
     if shape is not None and any(np.shape(action) != shape for action in actions):
         raise StateRefusedError("the recording has actions of another shape")
-    for layer, attributes in zip(layers, before["attributes"], strict=True):
-        layer.check(attributes)
     return before, arguments, actions, resets
 
 
@@ -168,6 +165,15 @@ def _check_arguments(arguments: Any) -> None:
         options is None or isinstance(options, Mapping)
     ):
         raise StateRefusedError("the recording has a reset with arguments of another type")
+    if _holds_text(options):
+        # A text may name a file or a command.
+        raise StateRefusedError("the recording has a reset with a text among its options")
+
+
+def _holds_text(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_holds_text(item) for item in value.values())
+    return any(map(_holds_text, value)) if isinstance(value, (list, tuple)) else isinstance(value, (str, bytes))
 
 
 @contextmanager

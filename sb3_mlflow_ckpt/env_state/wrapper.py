@@ -7,7 +7,7 @@ from typing import Any
 
 import gymnasium
 
-from sb3_mlflow_ckpt.env_state import monitor_file
+from sb3_mlflow_ckpt.env_state import monitor_file, world
 from sb3_mlflow_ckpt.env_state.generators import StateRefusedError, set_global_state
 from sb3_mlflow_ckpt.env_state.layers import layers_of
 from sb3_mlflow_ckpt.env_state.physics import SIMULATION, Simulation, is_simulation
@@ -31,25 +31,29 @@ class CheckpointableEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         super().__init__(env)
         self._most = max_recorded_steps
         self._layers = layers_of(env)
-        self._resets_inwardly = [layer.env for layer in self._layers if hasattr(layer.env, "was_real_done")]
+        self._resets_inwardly: list[Any] = [layer.env for layer in self._layers if hasattr(layer.env, "was_real_done")]
         self._owner = next((at for at, layer in enumerate(self._layers) if _has_own_state(layer.env)), None)
         self._simulation: Simulation | None = None
         self._how = self._choose()
         self._recording: Recording | None = None
         self._is_fresh = True
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None, **others: Any
+    ) -> tuple[Any, dict[str, Any]]:
         self._is_fresh = False
-        arguments = {name: value for name, value in (("seed", seed), ("options", options)) if value is not None}
+        arguments: dict[str, Any] = {**others, "seed": seed, "options": options}
+        arguments = {name: value for name, value in arguments.items() if value is not None}
         if self._how != "replay":
             return self.env.reset(**arguments)
         recording = self._recording
-        if recording is not None and any(env.was_real_done is False for env in self._resets_inwardly):  # type: ignore[attr-defined]
+        if recording is not None and any(env.was_real_done is False for env in self._resets_inwardly):
             answer = self.env.reset(**arguments)
             recording.add_reset(answer[0], arguments)
             return answer
         self._recording = None
         before = before_reset(self._layers)
+        world.renew(self.unwrapped)
         answer = self.env.reset(**arguments)
         self._recording = Recording(before, arguments, self._most)
         self._recording.add_reset(answer[0])
@@ -72,6 +76,8 @@ class CheckpointableEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         try:
             state = self._capture()
             problem = check_plain(state)
+        except StateRefusedError as error:
+            state, problem = {}, str(error)
         except Exception as error:
             state, problem = {}, f"capturing failed ({type(error).__name__}: {error})"
         if problem is None:
@@ -105,7 +111,7 @@ class CheckpointableEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
             return "own"
         base = self._layers[-1]
         if is_simulation(base.env):
-            others = [name for name in base.opaque() if name.split(" ")[0].partition(".")[2] not in SIMULATION]
+            others = [name for name in base.opaque() if not _is_simulation_part(name)]
             if not others:
                 self._simulation = Simulation(base.env)
                 return "mujoco"
@@ -127,6 +133,10 @@ class CheckpointableEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
                 why = self._recording.broken if self._recording else "it was not recorded from its last reset on"
                 raise StateRefusedError(str(why))
             return {**state, "recording": self._recording.get_state()}
+        opaque = [name for layer in self._layers[: self._owner] for name in layer.opaque()]
+        opaque = [name for name in opaque if self._owner is not None or not _is_simulation_part(name)]
+        if opaque:
+            raise StateRefusedError(f"{opaque[0]} has no plain form")
         state["attributes"] = [layer.changed() for layer in self._layers[: self._owner]]
         if self._owner is not None:
             owner: Any = self._layers[self._owner].env
@@ -196,6 +206,10 @@ class CheckpointableEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
             for layer in self._layers:
                 layer.apply({})
             return replay(self.env, self._layers, recording, self._most, with_attributes=False)
+
+
+def _is_simulation_part(name: str) -> bool:
+    return name.partition(" ")[0].partition(".")[2] in SIMULATION
 
 
 def _has_own_state(env: gymnasium.Env[Any, Any]) -> bool:
