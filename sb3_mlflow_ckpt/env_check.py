@@ -6,6 +6,8 @@ environment, the first of them in a process of its own, and both environments ar
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import multiprocessing
 import random
@@ -18,7 +20,6 @@ import numpy as np
 
 from sb3_mlflow_ckpt import tree
 from sb3_mlflow_ckpt.environments import make_checkpointable
-from sb3_mlflow_ckpt.errors import ConfigError
 
 if TYPE_CHECKING:
     import gymnasium
@@ -91,28 +92,21 @@ def check_env(specification: EnvSpecification, *, points: int = 8, steps: int = 
         ConfigError: The environment, an argument of it or a wrapper does not exist.
     """
     report = EnvReport(specification.env_id)
-    pick, env = random.Random(seed), specification.make()
+    pick, player = random.Random(seed), _Player(specification.make())
     try:
-        actions = _Actions(env, seed)
-        env.reset(seed=seed)
+        actions = _Actions(player.env, seed)
+        player.env.reset(seed=seed)
         for point in range(points):
-            _walk(env, actions, pick, point)
-            content = _timed_capture(env, report)
+            player.walk(actions, pick, point)
+            problem = _check_point(player, specification, [actions.next() for _ in range(steps)], report)
             report.points += 1
-            elsewhere = point == 0
-            problem = report.reason if content is None else None
-            if content is not None:
-                following = [actions.next() for _ in range(steps)]
-                problem = _compare(env, specification, content, following, report, in_process=elsewhere)
             report.exact_points += problem is None
             report.reason = report.reason or problem
-    except ConfigError:
-        raise
     except Exception as error:
+        report.points += 1
         report.reason = report.reason or f"the environment fails ({type(error).__name__}: {error})"
-        report.points += report.points == report.exact_points
     finally:
-        env.close()
+        player.env.close()
     return report
 
 
@@ -120,8 +114,6 @@ class _Actions:
     """Random actions from a space of its own, so that the environment's is as its own code leaves it."""
 
     def __init__(self, env: gymnasium.Env[Any, Any], seed: int) -> None:
-        import copy
-
         self._space = copy.deepcopy(env.action_space)
         self._space.seed(seed)
 
@@ -129,43 +121,43 @@ class _Actions:
         return self._space.sample()
 
 
-def _walk(env: gymnasium.Env[Any, Any], actions: _Actions, pick: random.Random, point: int) -> None:
-    """Step to where the state is captured: after a reset, at an episode's end, or anywhere."""
-    kind = ("anywhere", "reset", "end", "deep")[point % 4]
-    length = (
-        pick.randrange(1, _LONGEST_WALK // 4) if kind != "deep" else pick.randrange(_LONGEST_WALK // 2, _LONGEST_WALK)
-    )
-    over = _last_over(env)
-    for taken in range(_LONGEST_WALK * 2):
-        if kind != "end" and taken >= length:
-            break
-        if over:
-            env.reset()
-        _, _, terminated, truncated, _ = env.step(actions.next())
-        over = bool(terminated or truncated)
-        if over and kind == "end" and taken >= length:
-            break
-    if kind == "reset" or (over and kind != "end"):
-        env.reset()
-        over = False
-    env.__dict__["over"] = over
+class _Player:
+    """An environment that is reset where its episode is over, as by SB3."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any], over: bool = False) -> None:
+        self.env, self.over = env, over
+
+    def answer(self, action: Any) -> bytes:
+        """Step, and return a hash of what the environment answers, to the reset before as well."""
+        begun = _hash(self.env.reset()[0]) if self.over else b""
+        observation, reward, terminated, truncated, _ = self.env.step(action)
+        self.over = bool(terminated or truncated)
+        return begun + _hash([observation, reward, bool(terminated), bool(truncated)])
+
+    def walk(self, actions: _Actions, pick: random.Random, point: int) -> None:
+        """Step to where the state is captured: anywhere, after a reset, at an episode's end, or deep in an episode."""
+        kind = ("anywhere", "reset", "end", "deep")[point % 4]
+        length = pick.randrange(1, _LONGEST_WALK // 4)
+        length += _LONGEST_WALK // 2 if kind == "deep" else 0
+        for taken in range(2 * _LONGEST_WALK):
+            if taken >= length and (self.over or kind != "end"):
+                break
+            self.answer(actions.next())
+        if kind == "reset" or (self.over and kind != "end"):
+            self.env.reset()
+            self.over = False
 
 
-def _last_over(env: gymnasium.Env[Any, Any]) -> bool:
-    return bool(env.__dict__.pop("over", False))
-
-
-def _timed_capture(env: gymnasium.Env[Any, Any], report: EnvReport) -> bytes | None:
+def _timed_capture(env: gymnasium.Env[Any, Any], report: EnvReport) -> tuple[bytes, str | None]:
     begin = time.perf_counter()
     state = env.get_wrapper_attr("capture_env_state")()
     report.capture_ms = max(report.capture_ms, 1000 * (time.perf_counter() - begin))
     report.how = state["how"] or report.how
     if state["reason"] is not None:
-        report.reason = report.reason or str(state["reason"])
-        return None
+        return b"", str(state["reason"])
     content = _to_file(state)
     report.state_bytes = max(report.state_bytes, len(content))
-    return content
+    return content, None
 
 
 def _to_file(state: Any) -> bytes:
@@ -179,28 +171,22 @@ def _from_file(content: bytes) -> Any:
     return tree.decode(json.loads(content[8:end]), content[end:])
 
 
-def _compare(
-    env: gymnasium.Env[Any, Any],
-    specification: EnvSpecification,
-    content: bytes,
-    actions: list[Any],
-    report: EnvReport,
-    *,
-    in_process: bool,
-) -> str | None:
-    """Return where a restored environment differs from one that went on, or None."""
-    over = _last_over(env)
-    arguments = (specification, content, actions, over)
-    if in_process:
-        # Started afresh: what the environment keeps in modules must not be there already.
+def _check_point(player: _Player, specification: EnvSpecification, actions: list[Any], report: EnvReport) -> str | None:
+    """Return where a restored environment differs from the one that goes on, or None."""
+    content, problem = _timed_capture(player.env, report)
+    arguments = (specification, content, actions, player.over)
+    ours = [player.answer(action) for action in actions]
+    if problem is not None:
+        return problem
+    if report.points == 0:
+        # In a process of its own, once: what the environment keeps in modules must not be there already.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             problem, took, theirs = pool.apply(_restored_answers, arguments)
     else:
         problem, took, theirs = _restored_answers(*arguments)
     report.restore_ms = max(report.restore_ms, took)
-    ours = _answers(env, actions, over)
     if problem is not None:
-        return str(problem)
+        return problem
     differing = (at for at, (one, other) in enumerate(zip(ours, theirs, strict=True), 1) if one != other)
     first = next(differing, None)
     return None if first is None else f"step {first} after restoring answers something else"
@@ -209,35 +195,19 @@ def _compare(
 def _restored_answers(
     specification: EnvSpecification, content: bytes, actions: list[Any], over: bool
 ) -> tuple[str | None, float, list[bytes]]:
-    env = specification.make()
+    player = _Player(specification.make(), over)
     try:
         begin = time.perf_counter()
-        problem = env.get_wrapper_attr("restore_env_state")(_from_file(content))
+        problem = player.env.get_wrapper_attr("restore_env_state")(_from_file(content))
         took = 1000 * (time.perf_counter() - begin)
-        answers = [] if problem is not None else _answers(env, actions, over)
-        env.__dict__.pop("over", None)
+        return problem, took, [] if problem is not None else [player.answer(action) for action in actions]
     finally:
-        env.close()
-    return problem, took, answers
+        player.env.close()
 
 
-def _answers(env: gymnasium.Env[Any, Any], actions: list[Any], over: bool) -> list[bytes]:
-    """Return a hash of each answer to the actions; the environment is reset where an episode is over."""
-    answers = []
-    for action in actions:
-        begun = _flat(env.reset()[0]) if over else b""
-        observation, reward, terminated, truncated, _ = env.step(action)
-        over = bool(terminated or truncated)
-        answers.append(begun + _flat(observation) + _flat(reward) + bytes([bool(terminated), bool(truncated)]))
-    env.__dict__["over"] = over
-    return answers
-
-
-def _flat(value: Any) -> bytes:
-    from hashlib import blake2b
-
+def _hash(value: Any) -> bytes:
     document, arrays = tree.encode(value)
-    digest = blake2b(json.dumps(document).encode(), digest_size=16)
+    digest = hashlib.blake2b(json.dumps(document).encode(), digest_size=16)
     for array in arrays:
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.digest()
