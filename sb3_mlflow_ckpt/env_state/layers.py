@@ -235,7 +235,7 @@ def _fits(now: Any, then: Any) -> bool:
         # A text may name a file or a command.
         return bool(now == then)
     if isinstance(now, np.ndarray) and isinstance(then, np.ndarray):
-        return bool(now.dtype == then.dtype and now.shape == then.shape)
+        return bool(now.dtype.kind == then.dtype.kind and now.shape == then.shape)
     if isinstance(then, Mapping):
         now = vars(now) if _is_statistics(now) else now
         known = now if isinstance(now, Mapping) else {}
@@ -247,5 +247,7 @@ def _fits(now: Any, then: Any) -> bool:
         return (now is None or isinstance(now, expected)) and all(map(_fits, known_items, then))
     is_number = isinstance(then, (bool, int, float, np.generic)) or then is None
     plain_now = now is None or isinstance(now, (bool, int, float, np.generic))
+    # An array without dimensions becomes a number as soon as it is calculated with.
+    plain_now = plain_now or (isinstance(now, np.ndarray) and now.shape == ())
     # Where nothing was yet, an array may come.
     return (is_number and (plain_now or then is None)) or (isinstance(then, np.ndarray) and plain_now)
