@@ -20,11 +20,13 @@ if TYPE_CHECKING:
         verify_checkpoint,
     )
     from sb3_mlflow_ckpt.config import TrainingConfig
+    from sb3_mlflow_ckpt.env_state import CheckpointableEnv
     from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror
     from sb3_mlflow_ckpt.mirrors.mongo import MongoMirror
     from sb3_mlflow_ckpt.trainer import train
 
 _HOMES = {
+    "CheckpointableEnv": "env_state",
     "EpisodeCheckpointCallback": "callback",
     "LoadedCheckpoint": "checkpoints",
     "MLflowMirror": "mirrors.mlflow",
@@ -40,6 +42,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CheckpointableEnv",
     "EpisodeCheckpointCallback",
     "LoadedCheckpoint",
     "MLflowMirror",

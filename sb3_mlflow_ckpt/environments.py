@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sb3_mlflow_ckpt.algorithms import import_object
 from sb3_mlflow_ckpt.config import TrainingConfig
+from sb3_mlflow_ckpt.env_state import CheckpointableEnv
 from sb3_mlflow_ckpt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 def make_env(config: TrainingConfig, *, seed: int | None = None) -> VecEnv:
     """Return the vectorised environment that the configuration describes.
 
-    Each environment is `gymnasium.make(env_id)` in a Monitor, then the wrappers; around all of them VecNormalize
-    and VecFrameStack in RL Zoo's order.
+    Each environment is `gymnasium.make(env_id)` in a Monitor, then the wrappers, then a CheckpointableEnv; around all
+    of them VecNormalize and VecFrameStack in RL Zoo's order.
 
     Args:
         config: The whole configuration.
@@ -54,6 +55,17 @@ def make_env(config: TrainingConfig, *, seed: int | None = None) -> VecEnv:
     if config.frame_stack > 1:
         env = VecFrameStack(env, n_stack=config.frame_stack)
     return env
+
+
+def make_checkpointable(
+    env_id: str, env_kwargs: Mapping[str, Any], env_wrappers: Sequence[str | Mapping[str, Mapping[str, Any]]]
+) -> gymnasium.Env[Any, Any]:
+    """Return one environment as `make_env` makes it, without its Monitor.
+
+    Raises:
+        ConfigError: The environment, an argument of it or a wrapper does not exist.
+    """
+    return _wrap([_wrapper(item) for item in env_wrappers], _make_single(env_id, dict(env_kwargs)))
 
 
 def describe_space(space: gymnasium.Space[Any]) -> dict[str, Any]:
@@ -103,4 +115,9 @@ def _wrapper(item: str | Mapping[str, Mapping[str, Any]]) -> tuple[Any, dict[str
 def _wrap(wrappers: list[tuple[Any, dict[str, Any]]], env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
     for wrapper, arguments in wrappers:
         env = wrapper(env, **arguments)
-    return env
+    return env if is_checkpointable(env) else CheckpointableEnv(env)
+
+
+def is_checkpointable(env: gymnasium.Env[Any, Any]) -> bool:
+    """Return whether a wrapper of an environment captures its state already."""
+    return env.has_wrapper_attr("capture_env_state")

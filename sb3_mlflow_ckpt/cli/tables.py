@@ -1,4 +1,4 @@
-"""Owns how run records look in a terminal."""
+"""Owns how run records and checks look in a terminal."""
 
 from __future__ import annotations
 
@@ -48,6 +48,20 @@ def print_run(run: Mapping[str, Any]) -> None:
             where = item.get("path") if item.get("on_disk") else item.get("uri") or item.get("path")
             table.add_row(_text(str(where)), *(_text(cell) for cell in cells))
         console.print(table)
+
+
+def print_env_reports(reports: Sequence[Mapping[str, Any]]) -> None:
+    """Print one line an environment: whether a resume is exact in it, and what its state costs."""
+    table = Table("environment", "how", "exact", "points", "bytes", "capture ms", "restore ms", box=None)
+    for report in reports:
+        table.add_row(
+            escape(str(report["env_id"])),
+            _text(report["how"]),
+            "[green]yes[/]" if report["exact"] else f"[red]no[/]: {escape(str(report['reason']))}",
+            f"{report['exact_points']} of {report['points']}",
+            *(_text(report[key]) for key in ("state_bytes", "capture_ms", "restore_ms")),
+        )
+    _console().print(table)
 
 
 def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
