@@ -101,7 +101,7 @@ def write_chunk(file: IO[bytes], rows: ChunkRows) -> None:
         writer.write(len(header).to_bytes(8, "little"))
         writer.write(header)
         for piece in tree.pieces(arrays):
-            writer.write(memoryview(piece))
+            writer.write(piece.data)
 
 
 def read_chunk(
@@ -155,7 +155,7 @@ def _described(stream: Stream) -> dict[str, Any]:
 
 def _columns_bytes(columns: Mapping[str, Array], following: Mapping[str, Array]) -> int:
     """Return the most bytes that the arrays of a chunk of these columns take."""
-    rows = sum(column.nbytes for column in columns.values())
+    rows: int = sum(column.nbytes for column in columns.values())
     kinds = sum(column.shape[0] * column.shape[1] for name, column in columns.items() if "observations" in name)
     # One full stack of each environment may stand before the first row, and each array is padded.
     extra = sum(column[:1].nbytes for column in columns.values()) + sum(array.nbytes for array in following.values())
@@ -177,7 +177,7 @@ def _read(file: IO[bytes], into: ChunkRows, infos: bool) -> dict[str, Any]:
     # Many arrays may claim the same bytes, and each would become a copy of its own.
     if _claimed(document) > len(content):
         raise ValueError("its arrays are larger than its bytes")
-    value = tree.decode(document, content)
+    value = tree.decode(document, memoryview(content))
     if not isinstance(value, dict) or value.get("format") != _FORMAT:
         raise ValueError("it is of an unknown format")
     if value.get("start") != into.start:
