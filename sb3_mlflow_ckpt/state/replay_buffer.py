@@ -184,7 +184,7 @@ class ReplayRecorder:
             return self._wait(lambda: self._floor() > overwritten)
 
     def _begin(self) -> None:
-        buffer = getattr(self._model, "replay_buffer", None)
+        buffer: Any = getattr(self._model, "replay_buffer", None)
         self._buffer = buffer
         self.reason = uncaptured_reason(buffer)
         self._chunks, self._folder, self._adopted = [], None, False

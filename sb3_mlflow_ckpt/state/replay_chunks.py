@@ -156,9 +156,11 @@ def _described(stream: Stream) -> dict[str, Any]:
 def _columns_bytes(columns: Mapping[str, Array], following: Mapping[str, Array]) -> int:
     """Return the most bytes that the arrays of a chunk of these columns take."""
     rows: int = sum(column.nbytes for column in columns.values())
-    kinds = sum(column.shape[0] * column.shape[1] for name, column in columns.items() if "observations" in name)
+    kinds: int = sum(column.shape[0] * column.shape[1] for name, column in columns.items() if "observations" in name)
     # One full stack of each environment may stand before the first row, and each array is padded.
-    extra = sum(column[:1].nbytes for column in columns.values()) + sum(array.nbytes for array in following.values())
+    extra: int = sum(column[:1].nbytes for column in columns.values()) + sum(
+        array.nbytes for array in following.values()
+    )
     return rows + kinds + extra + 256 * (3 * len(columns) + 8)
 
 
@@ -206,14 +208,15 @@ def _at_most(reader: IO[bytes], limit: int) -> bytearray:
 
 def _claimed(document: Any) -> int:
     """Return how many bytes the arrays of a document say that they have."""
-    total, waiting = 0, [document]
+    total: int = 0
+    waiting = [document]
     while waiting:
         item = waiting.pop()
         if isinstance(item, list):
             waiting += item
         elif isinstance(item, dict):
             if "dtype" in item and "at" in item:
-                total += math.prod(int(length) for length in item["shape"]) * np.dtype(str(item["dtype"])).itemsize
+                total += math.prod(int(n) for n in item["shape"]) * int(np.dtype(str(item["dtype"])).itemsize)
             else:
                 waiting += item.values()
     return total
