@@ -31,7 +31,7 @@ from sb3_mlflow_ckpt.provenance import environment
 from sb3_mlflow_ckpt.replication import Mirror
 from sb3_mlflow_ckpt.resumption import ResumeState, Resumption
 from sb3_mlflow_ckpt.runs.document import new_record, plain
-from sb3_mlflow_ckpt.snapshots import Snapshots
+from sb3_mlflow_ckpt.snapshots import SaveReplayBuffer, Snapshots
 from sb3_mlflow_ckpt.state.callbacks import CallbackStates
 from sb3_mlflow_ckpt.state.model import all_finite
 from sb3_mlflow_ckpt.state.safe_point import SafePoint
@@ -90,7 +90,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         start_offline: bool = False,
         on_save_failure: Literal["stop", "continue"] = "stop",
         resume_state: ResumeState = "auto",
-        save_replay_buffer: Literal["auto", "always", "never"] = "auto",
+        save_replay_buffer: SaveReplayBuffer = "auto",
         handle_signals: bool = True,
         heartbeat_seconds: float = 10.0,
         sync_timeout_seconds: float = 60.0,
@@ -222,12 +222,14 @@ class EpisodeCheckpointCallback(BaseCallback):
         self.logger.output_formats.append(self._curve)
         self._curve.start(self.num_timesteps)
         watched = CallbackStates(self.locals.get("callback"))
-        self._snapshots = Snapshots(self.model, watched, self._resume_state, self._take)
+        self._snapshots = Snapshots(self.model, watched, self._resume_state, self._save_replay_buffer, self._take)
         self._due = None
         self._signals.install()
         self._exit.install()
         if self._resumption is not None:
-            self._resumption.training_start(watched, self._live.note_resume)
+            replay = self._resumption.training_start(watched, self._live.note_resume)
+            if replay is not None:
+                self._snapshots.continue_from(*replay)
 
     def _on_rollout_start(self) -> None:
         if self._resumption is not None:
@@ -336,7 +338,7 @@ class EpisodeCheckpointCallback(BaseCallback):
 
     def _save(self, episode: int, trigger: str, point: SafePoint | None = None) -> None:
         assert self.agent_id is not None and self.run_id is not None
-        exact, not_exact = self._moments.capture(point)
+        snapshot = self._moments.capture(point)
         capture = capture_checkpoint(
             self.model,
             agent_id=self.agent_id,
@@ -348,8 +350,9 @@ class EpisodeCheckpointCallback(BaseCallback):
             parent=self._parent,
             root_run_id=self._root_run_id,
             attributes=self._resumption.held_attributes if self._resumption is not None else None,
-            exact=exact,
-            not_exact=not_exact,
+            exact=snapshot.exact,
+            not_exact=snapshot.not_exact,
+            replay=snapshot.replay,
         )
         self._running().save(capture)
         self._saved_state = self._state()

@@ -1,15 +1,16 @@
 """Owns the write protocol of a checkpoint: capture in memory, commit to disk, remove.
 
-Commit: the zip is staged, synced and renamed, then its metadata the same way; the metadata's presence is the
-commit. Removal goes the other way round. So a reader sees a whole checkpoint or none, whatever dies when.
+Commit: new chunks of a replay buffer, then the zip are staged, synced and renamed, then the metadata the same way;
+the metadata's presence is the commit. Removal goes the other way round. So a reader sees a whole checkpoint or none,
+whatever dies when.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from sb3_mlflow_ckpt.state.exact import ExactCapture
     from sb3_mlflow_ckpt.state.model import ModelCapture
+    from sb3_mlflow_ckpt.state.replay_buffer import ReplayCapture
 
 _DISK_FULL = (
     "Reduce keep_last_n_checkpoints, increase checkpoint_interval_episodes, clean up old checkpoints, "
@@ -39,6 +41,7 @@ class CheckpointCapture(NamedTuple):
 
     model: ModelCapture
     metadata: CheckpointMetadata
+    replay: ReplayCapture | None = None
 
 
 def capture_checkpoint(
@@ -56,6 +59,7 @@ def capture_checkpoint(
     attributes: Mapping[str, Any] | None = None,
     exact: ExactCapture | None = None,
     not_exact: str | None = None,
+    replay: ReplayCapture | None = None,
 ) -> CheckpointCapture:
     """Copy a model and what is known of it; nothing of the copy changes when training goes on.
 
@@ -73,13 +77,14 @@ def capture_checkpoint(
         attributes: Values to record in place of the model's own (see `state.model.capture_model`).
         exact: What makes a resume exact; None saves weights and counters.
         not_exact: Why that is None, where it is not by choice.
+        replay: The replay buffer at this moment.
     """
     from sb3_mlflow_ckpt.algorithms import algorithm_name
     from sb3_mlflow_ckpt.environments import describe_space
     from sb3_mlflow_ckpt.provenance import versions
     from sb3_mlflow_ckpt.state.model import capture_model
 
-    captured = dataclasses.replace(capture_model(model, attributes), exact=exact.state if exact is not None else None)
+    captured = replace(capture_model(model, attributes), exact=exact.state if exact is not None else None)
     metadata = CheckpointMetadata(
         episode=episode,
         run_id=run_id,
@@ -104,13 +109,14 @@ def capture_checkpoint(
                 *("parameters", "optimizers", "counters"),
                 *(["vec_normalize"] if captured.arrays else []),
                 *(["random states", "environments"] if exact is not None else []),
+                *(["replay buffer"] if replay is not None else []),
             ],
             "exact": exact is not None and exact.reason is None,
             "reason": (not_exact or _WEIGHTS_ONLY) if exact is None else exact.reason,
         },
         metrics=_last_episodes(captured.state),
     )
-    return CheckpointCapture(captured, metadata)
+    return CheckpointCapture(captured, metadata, replay)
 
 
 def prepare_folder(folder: Path) -> None:
@@ -139,16 +145,29 @@ def commit_checkpoint(folder: RunFolder, capture: CheckpointCapture) -> Checkpoi
     Raises:
         CheckpointSaveError: The disk is full, read-only or broken; what was there before is untouched.
     """
+    try:
+        return _commit(folder, capture)
+    finally:
+        if capture.replay is not None:
+            # Training waits for the rows that a capture reads, whatever became of it.
+            capture.replay.release()
+
+
+def _commit(folder: RunFolder, capture: CheckpointCapture) -> CheckpointMetadata:
     from sb3_mlflow_ckpt.state.archive import write_archive
 
     episode = capture.metadata.episode
     path, metadata_file = folder.model(episode), folder.metadata(episode)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
+        model, chunks = capture.model, []
+        if capture.replay is not None:
+            chunks = capture.replay.write(folder)
+            model = replace(model, state={**model.state, "replay": capture.replay.state})
         with atomic.staged(path) as (file, temporary):
-            write_archive(file, capture.model, capture.metadata)
+            write_archive(file, model, capture.metadata)
         entry = FileEntry(name=path.name, bytes=temporary.stat().st_size, sha256=atomic.sha256(temporary))
-        metadata = capture.metadata.model_copy(update={"files": [entry]})
+        metadata = capture.metadata.model_copy(update={"files": [entry, *chunks]})
         try:
             if metadata_file.exists():
                 _announce_replacement(path, metadata_file, metadata)

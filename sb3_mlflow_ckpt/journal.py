@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError, RunFolderBusyError
-from sb3_mlflow_ckpt.layout import LOCK_NAME, TEMPORARY_PREFIX, RunFolder, metadata_episode
+from sb3_mlflow_ckpt.layout import LOCK_NAME, REPLAY_FOLDER, TEMPORARY_PREFIX, RunFolder, entry_chunk, metadata_episode
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, parse_metadata, timestamp_now
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ def committed_episodes(folder: RunFolder) -> list[int]:
 def saved_facts(metadata: CheckpointMetadata) -> dict[str, Any]:
     """Return what the journal keeps of a commit."""
     model = metadata.files[0] if metadata.files else None
+    chunks = [name for entry in metadata.files if (name := entry_chunk(entry.name)) is not None]
     return {
         "episode": metadata.episode,
         "num_timesteps": metadata.num_timesteps,
@@ -72,6 +73,7 @@ def saved_facts(metadata: CheckpointMetadata) -> dict[str, Any]:
         "sha256": model.sha256 if model else None,
         "mean_reward": metadata.metrics.get("mean_reward"),
         "trigger": metadata.trigger,
+        **({"replay": chunks} if chunks else {}),
     }
 
 
@@ -294,12 +296,16 @@ def _sweep(folder: Path) -> None:
 
 
 def _temporaries(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:
-        return [
-            Path(entry.path)
-            for entry in entries
-            if entry.name.startswith(TEMPORARY_PREFIX) and entry.is_file(follow_symlinks=False)
-        ]
+    found: list[Path] = []
+    for part in (folder, folder / REPLAY_FOLDER):
+        if part.is_dir() and not part.is_symlink():
+            with os.scandir(part) as entries:
+                found += [
+                    Path(entry.path)
+                    for entry in entries
+                    if entry.name.startswith(TEMPORARY_PREFIX) and entry.is_file(follow_symlinks=False)
+                ]
+    return found
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -19,11 +19,14 @@ EVENTS_NAME = "checkpoints.jsonl"
 LOCK_NAME = ".lock"
 METADATA_SUFFIX = "_metadata.json"
 TEMPORARY_PREFIX = ".tmp-"
+REPLAY_FOLDER = "replay"
+"""Where a run folder holds the chunks of replay buffers."""
 ARTIFACT_FOLDER = "checkpoints"
 """Where MLflow runs hold checkpoints among their artifacts."""
 
 _MODEL_NAME = re.compile(r"ep(\d{6,18})\.zip")
 _METADATA_NAME = re.compile(r"ep(\d{6,18})_metadata\.json")
+_CHUNK_NAME = re.compile(r"(\d{12,18})-(\d{12,18})-[0-9a-f]{8}\.zst", re.ASCII)
 _FORBIDDEN = frozenset('/\\:*?"<>|')
 # Names that Windows keeps for devices: a folder of a shared drive must be readable there too.
 _RESERVED = frozenset({"con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10))})
@@ -111,6 +114,18 @@ class RunFolder:
     def lock(self) -> Path:
         return self.path / LOCK_NAME
 
+    @property
+    def replay(self) -> Path:
+        return self.path / REPLAY_FOLDER
+
+    def chunk(self, name: str) -> Path:
+        """Return the path of a replay chunk.
+
+        Raises:
+            InvalidIdError: No chunk can have this name.
+        """
+        return chunk_path(self.path, name)
+
     def model(self, episode: int) -> Path:
         return self.path / f"ep{episode:06d}.zip"
 
@@ -128,6 +143,39 @@ def metadata_episode(name: str) -> int | None:
     """Return the episode of a file name such as `ep000050_metadata.json`, or None for any other name."""
     match = _METADATA_NAME.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def chunk_name(start: int, end: int, token: str) -> str:
+    """Return the name of the chunk that holds the rows from `start` to before `end`; `token` makes it unique."""
+    return f"{start:012d}-{end:012d}-{token}.zst"
+
+
+def chunk_range(name: str) -> tuple[int, int] | None:
+    """Return the rows that a chunk's file name tells, or None for any other name."""
+    match = _CHUNK_NAME.fullmatch(name) if isinstance(name, str) else None
+    return (int(match[1]), int(match[2])) if match and int(match[1]) < int(match[2]) else None
+
+
+def chunk_path(run_folder: Path, name: str) -> Path:
+    """Return the path of a replay chunk in the folder that also holds the zips which need it.
+
+    Raises:
+        InvalidIdError: No chunk can have this name: it may come from a stranger's file and must not leave the folder.
+    """
+    if chunk_range(name) is None:
+        raise InvalidIdError(f"{name!r} is not the name of a replay chunk; the checkpoint is damaged or not ours")
+    return run_folder / REPLAY_FOLDER / name
+
+
+def chunk_entry(name: str) -> str:
+    """Return how metadata names a chunk: `replay/<name>`."""
+    return f"{REPLAY_FOLDER}/{name}"
+
+
+def entry_chunk(entry: str) -> str | None:
+    """Return the chunk that a name in metadata means, or None where it means something else."""
+    folder, _, name = entry.partition("/")
+    return name if folder == REPLAY_FOLDER and chunk_range(name) is not None else None
 
 
 def metadata_path(model_path: Path) -> Path:

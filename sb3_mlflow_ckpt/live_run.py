@@ -18,6 +18,7 @@ from sb3_mlflow_ckpt.journal import RunJournal, committed_episodes, sweep_dead_w
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, timestamp_now
 from sb3_mlflow_ckpt.policies import KeepLastN, MirrorBacklog
+from sb3_mlflow_ckpt.replay_sweep import ChunkSweeper
 from sb3_mlflow_ckpt.replication import Mirror, Replicator, close_all
 from sb3_mlflow_ckpt.runs.document import redact_all
 from sb3_mlflow_ckpt.writer import BackgroundWriter
@@ -83,6 +84,8 @@ class LiveRun:
             raise RunFolderTakenError(folder.path)
         # Before any thread of this run writes: what lies about half-written is a dead writer's.
         sweep_dead_writers(folder)
+        self._chunks = ChunkSweeper(folder)
+        self._chunks.sweep()
         self._journal.start({**record, "mirrors": [mirror.name for mirror in mirrors]})
         self._writer = BackgroundWriter()
         self._replicators = [Replicator(mirror, self._journal) for mirror in mirrors]
@@ -185,6 +188,7 @@ class LiveRun:
 
     def _commit(self, capture: CheckpointCapture) -> None:
         metadata = commit_checkpoint(self.folder, capture)
+        self._chunks.add(metadata)
         self._journal.add_saved(metadata)
         self.latest, self.latest_metadata = self.folder.model(metadata.episode), metadata
         self._prune()
@@ -202,12 +206,16 @@ class LiveRun:
                 )
                 self._gave_up |= given_up
         episodes = [episode for episode in ledger.saved if episode not in ledger.pruned]
-        for episode in self._options.retention.removable(episodes, protected):
+        removable = self._options.retention.removable(episodes, protected)
+        for episode in removable:
             try:
                 remove_checkpoint(self.folder, episode)
+                self._chunks.discard(episode)
                 self._journal.add_pruned(episode)
             except OSError as error:
                 logger.warning("An old checkpoint could not be removed: %s", error)
+        if removable:
+            self._chunks.sweep()
 
     def _beat(self) -> None:
         while not self._ended.wait(self._options.heartbeat_seconds):

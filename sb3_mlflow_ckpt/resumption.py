@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sb3_mlflow_ckpt.checkpoints import Origin
-from sb3_mlflow_ckpt.errors import CheckpointCorruptError, IncompatibleCheckpointError
+from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointLoadError, IncompatibleCheckpointError
+from sb3_mlflow_ckpt.layout import chunk_path
 from sb3_mlflow_ckpt.provenance import version_differences
-from sb3_mlflow_ckpt.state.archive import read_exact
+from sb3_mlflow_ckpt.state.archive import read_exact, read_replay
 from sb3_mlflow_ckpt.state.callbacks import CallbackStates
 from sb3_mlflow_ckpt.state.exact import ExactRestore
 from sb3_mlflow_ckpt.state.replay import ReplayRefill
+from sb3_mlflow_ckpt.state.replay_buffer import restore_replay
 from sb3_mlflow_ckpt.state.safe_point import kind_of
 
 if TYPE_CHECKING:
@@ -65,20 +68,27 @@ class Resumption:
         """Values of the model's attributes that are changed for a while."""
         return self._refill.attributes if self._refill is not None else {}
 
-    def training_start(self, watched: CallbackStates, restored: Callable[[dict[str, Any]], None]) -> None:
+    def training_start(
+        self, watched: CallbackStates, restored: Callable[[dict[str, Any]], None]
+    ) -> tuple[dict[str, Any], Path] | None:
         """Restore what the first rollout begins with: call when `learn` has set itself up.
 
         Args:
             watched: The callbacks of this `learn`.
             restored: Is called with the report when everything is restored.
+
+        Returns:
+            What was restored of the replay buffer and the folder that holds it, for the recorder to go on from.
         """
         self._watched, self._restored = watched, restored
         if self._exact is not None:
             self._exact.training_start()
+        replay = self._restore_replay()
         self._refill = ReplayRefill(self._model)
         if kind_of(self._model) == "population":
             # A population is drawn before its evaluation is announced as a rollout.
             self.rollout_start()
+        return replay
 
     def rollout_start(self) -> None:
         """Restore the rest when the first rollout has begun: what `learn` drew on its way there must not count."""
@@ -117,7 +127,7 @@ class Resumption:
             return
         try:
             state = read_exact(self._origin.path)
-        except CheckpointCorruptError as error:
+        except CheckpointLoadError as error:
             self._miss(error.cause)
             return
         if state is not None:
@@ -125,6 +135,23 @@ class Resumption:
             self._exact = ExactRestore(
                 self._model, state, environments=not changed, randomness="seed" not in overridden
             )
+
+    def _restore_replay(self) -> tuple[dict[str, Any], Path] | None:
+        path = self._origin.path
+        if path is None or self._mode == "weights" or getattr(self._model, "replay_buffer", None) is None:
+            return None
+        try:
+            state = read_replay(path)
+            if state is None:
+                # Where it should be there, its checkpoint has said why it is not.
+                return None
+            lost = restore_replay(self._model, state, lambda name: chunk_path(path.parent, name).open("rb"))
+        except (ValueError, KeyError, TypeError, OSError, CheckpointError) as error:
+            self._miss(f"the replay buffer begins anew: {error}")
+            return None
+        if lost:
+            self._miss(f"the replay buffer is not whole: {lost[0]}")
+        return state, path.parent
 
     def _miss(self, reason: str) -> None:
         self._reason = self._reason or reason

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from sb3_mlflow_ckpt.resumption import ResumeState
 from sb3_mlflow_ckpt.state.callbacks import CallbackStates
 from sb3_mlflow_ckpt.state.exact import ExactCapture, capture_exact
+from sb3_mlflow_ckpt.state.replay_buffer import ReplayCapture, ReplayRecorder
+from sb3_mlflow_ckpt.state.replay_columns import columns
 from sb3_mlflow_ckpt.state.safe_point import SafePoint, SafePointWatch
 
 if TYPE_CHECKING:
@@ -20,6 +24,23 @@ logger = logging.getLogger(__name__)
 # Whoever sends a signal kills some seconds later: Kubernetes after 30 s.
 _PATIENCE_SECONDS = 5.0
 _MID_STEP = "it was saved in the middle of a step"
+_AFFORDABLE_BUFFER = 2 * 2**30
+
+SaveReplayBuffer = Literal["auto", "always", "never"]
+
+
+class Snapshot(NamedTuple):
+    """What a checkpoint holds beyond weights and counters.
+
+    Attributes:
+        exact: What makes a resume exact, as far as it was captured.
+        not_exact: Why it was not captured, where that was not by choice.
+        replay: The replay buffer.
+    """
+
+    exact: ExactCapture | None
+    not_exact: str | None
+    replay: ReplayCapture | None
 
 
 class Snapshots:
@@ -28,7 +49,8 @@ class Snapshots:
     Args:
         model: The algorithm that is learning.
         watched: Its callbacks.
-        mode: `weights` captures nothing beyond them.
+        mode: `weights` captures nothing beyond them, `exact` the replay buffer whatever its size.
+        save_replay_buffer: Whether the replay buffer is captured; `auto` up to a full capacity of 2 GiB.
         take: Takes a checkpoint. It is given the moment; None where no safe one was near.
     """
 
@@ -37,6 +59,7 @@ class Snapshots:
         model: BaseAlgorithm,
         watched: CallbackStates,
         mode: ResumeState,
+        save_replay_buffer: SaveReplayBuffer,
         take: Callable[[SafePoint | None], None],
     ) -> None:
         self._model = model
@@ -46,10 +69,18 @@ class Snapshots:
         self._watch = SafePointWatch(model, take)
         self._mid_step = False
         self._urgent_since: float | None = None
+        self._replay = ReplayRecorder(model)
+        self._replay_left_out = self._why_left_out(save_replay_buffer)
+
+    def continue_from(self, state: Mapping[str, Any], folder: Path) -> None:
+        """Go on from a replay buffer that was restored from the chunks of a run folder."""
+        self._replay.continue_from(state, folder)
 
     def step(self) -> None:
         """Tell that a step was made, which SB3 has not stored yet."""
         self._mid_step = True
+        # SB3 stores the step next.
+        self._replay.protect()
 
     def rollout_start(self, *, wanted: bool) -> None:
         """Tell that a rollout begins.
@@ -85,18 +116,37 @@ class Snapshots:
         self._watch.disarm()
         return None if self._mid_step else "training_end"
 
-    def capture(self, point: SafePoint | None) -> tuple[ExactCapture | None, str | None]:
-        """Return what makes a resume exact; or None, and why it is None where that is not by choice."""
+    def capture(self, point: SafePoint | None) -> Snapshot:
+        """Return what a checkpoint that is taken now holds beyond weights and counters."""
         if self._mode == "weights":
-            return None, None
-        if point is None:
-            return None, _MID_STEP
+            return Snapshot(None, None, None)
+        exact, not_exact = (None, _MID_STEP) if point is None else self._capture_exact(point)
+        replay = None if self._replay_left_out else self._replay.capture()
+        if exact is not None and exact.reason is None and self._replay_left_out:
+            exact = replace(exact, reason=self._replay_left_out)
+        return Snapshot(exact, not_exact, replay)
+
+    def _capture_exact(self, point: SafePoint) -> tuple[ExactCapture | None, str | None]:
         try:
             return capture_exact(self._model, self._watched, point, self._watch.drawn_before), None
         except Exception as error:
             # An environment's own code runs here: weights and counters must be saved all the same.
             logger.exception("The exact state could not be captured: the checkpoint holds parameters and counters")
             return None, f"its state could not be captured: {type(error).__name__}: {error}"
+
+    def _why_left_out(self, wanted: SaveReplayBuffer) -> str | None:
+        buffer = getattr(self._model, "replay_buffer", None)
+        if buffer is None:
+            return None
+        if wanted == "never":
+            return "the replay buffer is left out (save_replay_buffer: never)"
+        capacity = sum(column.nbytes for column in columns(buffer).values())
+        if capacity > _AFFORDABLE_BUFFER and wanted != "always" and self._mode != "exact":
+            return (
+                f"the replay buffer is left out: it can grow to {capacity / 2**30:.1f} GiB "
+                "(save_replay_buffer: always keeps it)"
+            )
+        return self._replay.reason or None
 
     def close(self) -> None:
         """Stop waiting for a safe point."""

@@ -11,15 +11,19 @@ from pathlib import Path
 
 from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.errors import CheckpointCorruptError, CheckpointNotFoundError
-from sb3_mlflow_ckpt.layout import metadata_path, model_episode, model_path
-from sb3_mlflow_ckpt.metadata import CheckpointMetadata, parse_metadata
+from sb3_mlflow_ckpt.layout import chunk_path, entry_chunk, metadata_path, model_episode, model_path
+from sb3_mlflow_ckpt.metadata import CheckpointMetadata, FileEntry, parse_metadata
 from sb3_mlflow_ckpt.state.embedded import read_embedded_metadata
 
 _LARGEST_METADATA = 16 * 2**20
 
 
-def read_metadata(path: str | Path) -> CheckpointMetadata:
+def read_metadata(path: str | Path, *, settle: bool = True) -> CheckpointMetadata:
     """Return the metadata of a committed checkpoint, given its zip or its metadata file; hashes nothing.
+
+    Args:
+        path: The zip, or its metadata file.
+        settle: Whether to tell, where a crash came while the episode was written anew, which content the zip has.
 
     Raises:
         CheckpointNotFoundError: There is no metadata file.
@@ -32,15 +36,20 @@ def read_metadata(path: str | Path) -> CheckpointMetadata:
         metadata = parse_metadata(file.read_bytes(), file)
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(path, "It has no metadata file, so it was never committed") from error
-    replacement = (metadata.model_extra or {}).get("replacement")
-    if replacement is None:
+    newer = replacement_of(metadata)
+    if newer is None or not settle:
         return metadata
     # A crash came while this episode was written anew: the zip itself says which of the two it is.
-    newer = parse_metadata(json.dumps(replacement), file)
     zip_path = model_path(Path(path))
     if not zip_path.is_file():
         raise CheckpointNotFoundError(path, _what_is_there(zip_path))
     return newer if newer.files and atomic.sha256(zip_path) == newer.files[0].sha256 else metadata
+
+
+def replacement_of(metadata: CheckpointMetadata) -> CheckpointMetadata | None:
+    """Return what a checkpoint was being replaced by, or None."""
+    replacement = (metadata.model_extra or {}).get("replacement")
+    return None if replacement is None else parse_metadata(json.dumps(replacement), f"episode {metadata.episode}")
 
 
 def verify_checkpoint(path: str | Path) -> CheckpointMetadata:
@@ -65,13 +74,14 @@ def verify_checkpoint(path: str | Path) -> CheckpointMetadata:
     metadata = read_metadata(zip_path)
     if not metadata.files:
         raise CheckpointCorruptError(zip_path, "its metadata names no files")
-    entry = metadata.files[0]
-    size = zip_path.stat().st_size
-    if size != entry.bytes:
-        kind = "truncated" if size < entry.bytes else "altered"
-        raise CheckpointCorruptError(zip_path, f"it has {size} bytes, its metadata says {entry.bytes}: it is {kind}")
-    if atomic.sha256(zip_path) != entry.sha256:
-        raise CheckpointCorruptError(zip_path, "its SHA-256 differs from its metadata's: the content was altered")
+    _check_file(zip_path, zip_path, metadata.files[0])
+    for entry in metadata.files[1:]:
+        name = entry_chunk(entry.name)
+        if name is None:
+            raise CheckpointCorruptError(
+                zip_path, f"its metadata names a file {entry.name!r}, which is none of its own"
+            )
+        _check_file(zip_path, chunk_path(zip_path.parent, name), entry)
     named = model_episode(zip_path.name)
     if named is not None and named != metadata.episode:
         raise CheckpointCorruptError(
@@ -85,6 +95,22 @@ def verify_checkpoint(path: str | Path) -> CheckpointMetadata:
                 f"its metadata says {key} {getattr(metadata, key)!r}, the zip itself {getattr(inside, key)!r}",
             )
     return metadata
+
+
+def _check_file(zip_path: Path, path: Path, entry: FileEntry) -> None:
+    what = "it" if path == zip_path else f"its file {entry.name}"
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError as error:
+        raise CheckpointCorruptError(zip_path, f"{what} is missing") from error
+    if size != entry.bytes:
+        kind = "truncated" if size < entry.bytes else "altered"
+        raise CheckpointCorruptError(
+            zip_path, f"{what} has {size} bytes, its metadata says {entry.bytes}: it is {kind}"
+        )
+    if atomic.sha256(path) != entry.sha256:
+        whose = "its" if path == zip_path else f"the file {entry.name}: its"
+        raise CheckpointCorruptError(zip_path, f"{whose} SHA-256 differs from its metadata's: the content was altered")
 
 
 def _what_is_there(path: Path) -> str:

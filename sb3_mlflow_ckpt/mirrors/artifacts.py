@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointNotFoundError
-from sb3_mlflow_ckpt.layout import ARTIFACT_FOLDER, id_spellings, metadata_path, model_episode, model_path
+from sb3_mlflow_ckpt.layout import (
+    ARTIFACT_FOLDER,
+    chunk_entry,
+    entry_chunk,
+    id_spellings,
+    metadata_path,
+    model_episode,
+    model_path,
+)
 from sb3_mlflow_ckpt.mirrors.mlflow import LATEST_TAG, quick_requests, unavailable
 from sb3_mlflow_ckpt.runs.document import redact
-from sb3_mlflow_ckpt.verification import verify_checkpoint
+from sb3_mlflow_ckpt.verification import read_metadata, verify_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -84,22 +92,31 @@ def _artifacts(uri: str, run_id: str, tracking_uri: str | None) -> tuple[str, se
 
 
 def _download(run_id: str, name: str, has_metadata: bool, destination: Path, tracking_uri: str | None) -> Download:
-    import mlflow.artifacts
-
     for file in (_metadata_name(name),) * has_metadata + (name,):
-        try:
-            mlflow.artifacts.download_artifacts(
-                run_id=run_id,
-                artifact_path=f"{ARTIFACT_FOLDER}/{file}",
-                dst_path=str(destination),
-                tracking_uri=tracking_uri,
-            )
-        except Exception as error:
-            # mlflow raises its own, requests' and OS errors alike.
-            raise unavailable(error, tracking_uri or mlflow.get_tracking_uri()) from None
+        _fetch(run_id, file, destination, tracking_uri)
     path = next(destination.rglob(name))
+    for entry in read_metadata(path).files[1:] if has_metadata else ():
+        chunk = entry_chunk(entry.name)
+        # What names another file is refused below; what another checkpoint of this download brought is there.
+        if chunk is not None and not (path.parent / chunk_entry(chunk)).exists():
+            _fetch(run_id, chunk_entry(chunk), destination, tracking_uri)
     verify_checkpoint(path)
     return Download(path, f"{SCHEME}{run_id}/{ARTIFACT_FOLDER}/{name}")
+
+
+def _fetch(run_id: str, file: str, destination: Path, tracking_uri: str | None) -> None:
+    import mlflow.artifacts
+
+    try:
+        mlflow.artifacts.download_artifacts(
+            run_id=run_id,
+            artifact_path=f"{ARTIFACT_FOLDER}/{file}",
+            dst_path=str(destination),
+            tracking_uri=tracking_uri,
+        )
+    except Exception as error:
+        # mlflow raises its own, requests' and OS errors alike.
+        raise unavailable(error, tracking_uri or mlflow.get_tracking_uri()) from None
 
 
 def _metadata_name(name: str) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sb3_mlflow_ckpt.errors import MirrorUnavailableError
 from sb3_mlflow_ckpt.journal import RunJournal
-from sb3_mlflow_ckpt.layout import ARTIFACT_FOLDER
+from sb3_mlflow_ckpt.layout import ARTIFACT_FOLDER, REPLAY_FOLDER, chunk_entry
 from sb3_mlflow_ckpt.mirrors import naming
 from sb3_mlflow_ckpt.policies import KeepLastN
 from sb3_mlflow_ckpt.runs.document import TERMINAL_STATUSES, redact
@@ -104,6 +104,7 @@ class MLflowMirror:
         self._sent_status: tuple[int, str] | None = None
         self._metrics_offset = 0
         self._metrics_until: int | None = None
+        self._sent_chunks: set[str] | None = None
 
     @property
     def run_id(self) -> str | None:
@@ -160,7 +161,7 @@ class MLflowMirror:
         self._send_checkpoints(client, run, journal)
         self._send_params(client, run, record)
         self._send_metrics(client, run, journal)
-        self._prune(run, journal)
+        self._prune(client, run, journal)
         self._send_status(client, run, record)
 
     def cancel(self) -> None:
@@ -338,7 +339,9 @@ class MLflowMirror:
             model, metadata = journal.folder.model(episode), journal.folder.metadata(episode)
             if not (model.exists() and metadata.exists()):
                 continue  # Pruned meanwhile: the backlog was longer than its limit.
-            sha256 = journal.ledger.saved[episode].get("sha256")
+            saved = journal.ledger.saved[episode]
+            sha256 = saved.get("sha256")
+            self._send_chunks(client, run, journal, saved.get("replay", ()))
             # Zip first, metadata last, a file at a time: the mirror has the disk's commit protocol.
             client.log_artifact(run.info.run_id, str(model), ARTIFACT_FOLDER)
             client.log_artifact(run.info.run_id, str(metadata), ARTIFACT_FOLDER)
@@ -346,7 +349,22 @@ class MLflowMirror:
             client.set_tag(run.info.run_id, LATEST_TAG, artifact)
             journal.add_mirrored(episode, f"runs:/{run.info.run_id}/{artifact}", sha256)
 
-    def _prune(self, run: Run, journal: RunJournal) -> None:
+    def _send_chunks(self, client: MlflowClient, run: Run, journal: RunJournal, names: Iterable[str]) -> None:
+        for name in names:
+            sent = self._known_chunks(client, run)
+            if name not in sent:
+                path = f"{ARTIFACT_FOLDER}/{chunk_entry(name)}"
+                client.log_artifact(run.info.run_id, str(journal.folder.chunk(name)), path.rpartition("/")[0])
+                sent.add(name)
+
+    def _known_chunks(self, client: MlflowClient, run: Run) -> set[str]:
+        """Return the chunks that MLflow has; an earlier process may have sent some."""
+        if self._sent_chunks is None:
+            files = client.list_artifacts(run.info.run_id, f"{ARTIFACT_FOLDER}/{REPLAY_FOLDER}")
+            self._sent_chunks = {file.path.rpartition("/")[2] for file in files}
+        return self._sent_chunks
+
+    def _prune(self, client: MlflowClient, run: Run, journal: RunJournal) -> None:
         removable = self._retention.removable(list(journal.ledger.uris))
         if not removable:
             return
@@ -362,6 +380,15 @@ class MLflowMirror:
                     self._retention = KeepLastN(0)
                     return
             journal.add_unmirrored(episode)
+        ledger = journal.snapshot()
+        named = {e: set(ledger.saved[e].get("replay", ())) for e in ledger.saved}
+        gone = set().union(*(named[episode] for episode in removable if episode in named))
+        kept = set().union(*(named[e] for e in {*ledger.uris, *ledger.waiting} if e in named))
+        if gone - kept:
+            known = self._known_chunks(client, run)
+            for name in known - kept:
+                repository.delete_artifacts(f"{ARTIFACT_FOLDER}/{chunk_entry(name)}")  # type: ignore[no-untyped-call]
+            known &= kept
 
     def _send_status(self, client: MlflowClient, run: Run, record: Mapping[str, Any]) -> None:
         status = str(record["status"])

@@ -148,7 +148,10 @@ def _is_content(value: Any) -> bool:
 
     if isinstance(value, dict):
         return all(isinstance(item, np.ndarray) for item in value.values())
-    return isinstance(value, (np.ndarray, bool, int))
+    if isinstance(value, np.ndarray):
+        # HER's info dictionaries have no bytes, only addresses; they are looked at with copy_info_dict only.
+        return value.dtype != object
+    return isinstance(value, (bool, int))
 
 
 def run(settings: dict[str, Any], folder: str, result: str) -> None:
