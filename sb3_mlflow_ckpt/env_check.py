@@ -13,6 +13,7 @@ import multiprocessing
 import random
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -180,8 +181,8 @@ def _check_point(player: _Player, specification: EnvSpecification, actions: list
         return problem
     if report.points == 0:
         # In a process of its own, once: what the environment keeps in modules must not be there already.
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            problem, took, theirs = pool.apply(_restored_answers, arguments)
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            problem, took, theirs = pool.submit(_restored_elsewhere, *arguments).result()
     else:
         problem, took, theirs = _restored_answers(*arguments)
     report.restore_ms = max(report.restore_ms, took)
@@ -190,6 +191,14 @@ def _check_point(player: _Player, specification: EnvSpecification, actions: list
     differing = (at for at, (one, other) in enumerate(zip(ours, theirs, strict=True), 1) if one != other)
     first = next(differing, None)
     return None if first is None else f"step {first} after restoring answers something else"
+
+
+def _restored_elsewhere(*arguments: Any) -> tuple[str | None, float, list[bytes]]:
+    try:
+        return _restored_answers(*arguments)
+    except Exception as error:
+        # As a text: an error whose class takes other arguments than its message cannot be sent.
+        return f"it cannot be made in a process of its own ({type(error).__name__}: {error})", 0.0, []
 
 
 def _restored_answers(

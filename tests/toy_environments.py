@@ -68,5 +68,16 @@ class ReachGoal(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return {"observation": self._position, "achieved_goal": self._position, "desired_goal": self._goal}
 
 
+class Unrepeatable(FixedLength):
+    """What it answers depends on how often the process has asked: no state of its own says that."""
+
+    asked = 0
+
+    def _observation(self) -> np.ndarray:
+        Unrepeatable.asked += 1
+        return np.full(self.observation_space.shape, 1 / Unrepeatable.asked, np.float32)
+
+
 gym.register("FixedLength-v0", FixedLength)
 gym.register("ReachGoal-v0", ReachGoal)
+gym.register("Unrepeatable-v0", Unrepeatable)
