@@ -57,7 +57,7 @@ def test_metadata_names_the_zip_first_then_the_chunks_and_a_missing_one_is_corru
     assert metadata.files[0].name == "ep000002.zip"
     assert {file.name for file in metadata.files[1:]} == {f"replay/{name}" for name in _chunks(folder)}
     assert verify_checkpoint(folder.model(2)) == metadata
-    assert _restore(folder.model(2)).pos == 60
+    assert _restore(folder.model(2)).pos == training.model.replay_buffer.pos > 0
     victim = folder.path / metadata.files[1].name
     content = victim.read_bytes()
     for damage, message in (
