@@ -99,7 +99,10 @@ def _download(run_id: str, name: str, has_metadata: bool, destination: Path, tra
         chunk = entry_chunk(entry.name)
         # What names another file is refused below; what another checkpoint of this download brought is there.
         if chunk is not None and not (path.parent / chunk_entry(chunk)).exists():
-            _fetch(run_id, chunk_entry(chunk), destination, tracking_uri)
+            # MLflow puts a file into the folder itself, without the artifact's own.
+            chunk_folder = (path.parent / chunk_entry(chunk)).parent
+            chunk_folder.mkdir(exist_ok=True)
+            _fetch(run_id, chunk_entry(chunk), chunk_folder, tracking_uri)
     verify_checkpoint(path)
     return Download(path, f"{SCHEME}{run_id}/{ARTIFACT_FOLDER}/{name}")
 
