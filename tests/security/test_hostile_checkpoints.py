@@ -257,7 +257,7 @@ def _claiming_npz() -> bytes:
         ("c:\\x.pth", lambda: b"x"),
         ("a\x1b[2J.pth", lambda: b"x"),
     ],
-    ids=str,
+    ids=[str(number) for number in range(13)],
 )  # fmt: skip
 def test_a_member_that_is_not_what_it_claims_is_an_error_of_ours(checkpoint: Path, member: str, content: Any) -> None:
     rewrite(checkpoint, {member: content()})
