@@ -169,7 +169,7 @@ def test_an_off_policy_model_refills_its_buffer_before_it_updates(tmp_path: Path
         return make_vec_env(FixedLength, env_kwargs={"continuous": True})
 
     model = SAC("MlpPolicy", env(), learning_starts=20, batch_size=8)
-    model.learn(40, callback=EpisodeCheckpointCallback(0, 3, tmp_path))
+    model.learn(40, callback=EpisodeCheckpointCallback(0, 3, tmp_path, save_replay_buffer="never"))
     resumed, _, _ = load_checkpoint(list_checkpoints(tmp_path)[0], env=env())
     updates = resumed._n_updates
     callback = EpisodeCheckpointCallback(2, 0, tmp_path)

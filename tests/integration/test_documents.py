@@ -17,7 +17,7 @@ from sb3_mlflow_ckpt.checkpoints import list_checkpoints, verify_checkpoint
 from sb3_mlflow_ckpt.config import Layer, build_config
 from sb3_mlflow_ckpt.metadata import parse_metadata
 
-DOCUMENTS = ("README.md", "docs/checkpointing.md", "docs/training.md")
+DOCUMENTS = ("README.md", "docs/checkpointing.md", "docs/exact-resume.md", "docs/safe-loading.md", "docs/training.md")
 _BLOCK = re.compile(r"^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 # So that a training that a document starts reaches its first update within a second.
 _QUICK = {"SB3_MLFLOW_CKPT_HYPERPARAMETERS": "{n_steps: 64, batch_size: 64}", "SB3_MLFLOW_CKPT_MLFLOW": "false"}
@@ -67,6 +67,8 @@ def test_the_documents_have_no_command_that_is_not_run_here() -> None:
         "mlflow run",
         "python -m pip",
         "python -m pytest",
+        "python tests/exactness/matrix.py",
+        "python benchmarks/",
         "#",
     )
     lines = [line.strip() for _, text in _blocks("bash") for line in text.replace("\\\n", " ").splitlines()]
@@ -104,11 +106,26 @@ def test_a_documented_training_trains_and_is_saved_when_it_is_stopped(workspace:
 @pytest.mark.parametrize("command", _commands("sb3-mlflow-ckpt"))
 def test_a_documented_command_succeeds(workspace: Path, command: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "sb3_mlflow_ckpt", *shlex.split(command)[1:]],
+        [sys.executable, "-m", "sb3_mlflow_ckpt", *shlex.split(_tried(command))[1:]],
         cwd=workspace, env=environment(), capture_output=True, text=True, timeout=DEADLINE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def _tried(command: str) -> str:
+    """Return a command with an environment that is there in place of the reader's own, and no longer than it must be."""
+    if "check-env" in command:
+        command += " --points 2 --steps 20"
+    return command.replace("my_package:MyEnv-v0", "toy_environments:ReachGoal-v0")
+
+
+@pytest.mark.parametrize("command", _commands("python tests/exactness/matrix.py"))
+def test_the_documented_matrix_prints_a_table_in_which_every_training_is_exact(command: str) -> None:
+    words = [sys.executable, *shlex.split(command)[1:], "--only", "MaskablePPO"]
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 trainings" in done.stdout and "0 not exact" in done.stdout
 
 
 @pytest.mark.parametrize(("document", "source"), _blocks("python"))
