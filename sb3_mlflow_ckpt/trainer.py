@@ -243,6 +243,8 @@ def _model(resolved: ResolvedTraining, env: VecEnv, seed: int) -> BaseAlgorithm:
     from sb3_mlflow_ckpt.state.allocation import bounded
 
     trusted = resolved.config.trust_checkpoint
+    # As the model will see it: SB3 turns images channel first, and the checkpoint's spaces are the model's.
+    env = algorithm_class(resolved.config.algo)._wrap_env(env, verbose=0)
     check_spaces(source, env)
     check_foreign_spaces(source.path, source.uri, source.metadata, env)
     with bounded(None if trusted else source.path.stat().st_size):

@@ -78,7 +78,8 @@ class Fingerprints:
 
             def _on_training_end(self) -> None:
                 hashes = fingerprint(self.model) | {"episodes": digest(checkpoints.episode)}
-                result.write_text(json.dumps(hashes))
+                rows = {path.name: monitored(path) for path in sorted(Path.cwd().glob("[0-9].monitor.csv"))}
+                result.write_text(json.dumps(hashes | {"Monitor's rows": digest(rows)}))
 
         return _Take()
 
@@ -133,8 +134,13 @@ def fingerprint(model: Any) -> dict[str, str]:
     buffer = getattr(model, "replay_buffer", None)
     if buffer is not None:
         parts["replay buffer"] = {name: value for name, value in vars(buffer).items() if _is_content(value)}
-    parts["episodes' returns"] = [(info["r"], info["l"]) for info in model.ep_info_buffer]
+    parts["episodes' returns"] = [(float(info["r"]), int(info["l"])) for info in model.ep_info_buffer]
     return {name: digest(value) for name, value in parts.items()}
+
+
+def monitored(path: Path) -> list[list[str]]:
+    """Return the reward and length of each episode in a file of Monitor; the time of day is no matter."""
+    return [line.split(",")[:2] for line in path.read_text().splitlines()]
 
 
 def _attribute(model: Any, name: str) -> Any:
@@ -166,11 +172,35 @@ def run(settings: dict[str, Any], folder: str, result: str) -> None:
     th.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     # Where the toy environments are.
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
     os.chdir(folder)
     sys.stderr = open(Path(folder) / "stderr.txt", "a")  # noqa: SIM115 # until the process ends
+    if settings.pop("script", None):
+        return _run_script(settings["total_timesteps"], Path(result))
     config = build_config([Layer("the matrix", settings)])
     train(config, reporter=Fingerprints(Path(result)))
+
+
+def _run_script(total_timesteps: int, result: Path) -> None:
+    import own_script
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    class _Last(BaseCallback):
+        episodes_of: Any = None
+        evaluated: Any = None
+
+        def _on_training_start(self) -> None:
+            result.with_suffix(".started").write_text("")
+
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_training_end(self) -> None:
+            self.hashes = fingerprint(self.model) | {"episodes": digest(self.episodes_of.episode)}
+
+    last = _Last()
+    own_script.train(total_timesteps, last)
+    result.write_text(json.dumps(last.hashes | {"evaluations": digest(last.evaluated)}))
 
 
 class Matrix:

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
 from typing import Any
+
+_numbers = itertools.count()
+
+
+def monitor_with_a_file(env: Any) -> Any:
+    """Return an environment that writes its episodes to a file of its own in the current folder, over resumes."""
+    from stable_baselines3.common.monitor import Monitor
+
+    return Monitor(env, str(Path.cwd() / f"{next(_numbers)}.monitor.csv"), override_existing=False)
+
 
 _CART = {"env_id": "CartPole-v1", "total_timesteps": 400}
 _SHORT_PENDULUM = {"env_id": "Pendulum-v1", "env_kwargs": {"max_episode_steps": 25}}
@@ -56,6 +68,15 @@ ROWS: dict[str, dict[str, Any]] = {
         "vec_env": "subproc",
         "hyperparameters": _ROLLOUT,
     },
+    "PPO, LunarLander, Monitor with a file": {
+        "algo": "ppo",
+        "env_id": "LunarLander-v3",
+        "total_timesteps": 500,
+        "n_envs": 2,
+        "env_wrappers": [{"rows:monitor_with_a_file": {}}],
+        "hyperparameters": _ROLLOUT,
+    },
+    "PPO, a script with VecMonitor, VecNormalize and EvalCallback": {"script": "own_script", "total_timesteps": 500},
     "A2C": {"algo": "a2c", **_CART, "total_timesteps": 300, "hyperparameters": {"n_steps": 8}},
     "A2C, 4 environments": {"algo": "a2c", **_CART, "n_envs": 4, "hyperparameters": {"n_steps": 5}},
     "TRPO": {"algo": "trpo", **_CART, "hyperparameters": {"n_steps": 64, "batch_size": 32}},
@@ -85,6 +106,15 @@ ROWS: dict[str, dict[str, Any]] = {
             "replay_buffer_kwargs": {"handle_timeout_termination": False},
         },
     },
+    "DQN, Breakout in AtariWrapper, 2 environments, stacked frames": {
+        "algo": "dqn",
+        "env_id": "BreakoutNoFrameskip-v4",
+        "env_wrappers": ["stable_baselines3.common.atari_wrappers:AtariWrapper"],
+        "n_envs": 2,
+        "frame_stack": 4,
+        "total_timesteps": 240,
+        "hyperparameters": {**_DQN_STARTS, "buffer_size": 150, "train_freq": 8},
+    },
     "QRDQN": {"algo": "qrdqn", **_DQN, "hyperparameters": {**_DQN_STARTS, "buffer_size": 200}},
     "SAC": {"algo": "sac", **_OFF, "hyperparameters": _RING},
     "SAC, 4 environments, VecNormalize": {
@@ -105,6 +135,13 @@ ROWS: dict[str, dict[str, Any]] = {
         "env_id": "toy_environments:ReachGoal-v0",
         "total_timesteps": 260,
         "hyperparameters": {**_RING, "replay_buffer_class": "HerReplayBuffer"},
+    },
+    "SAC, HalfCheetah": {
+        "algo": "sac",
+        "env_id": "HalfCheetah-v5",
+        "env_kwargs": {"max_episode_steps": 25},
+        "total_timesteps": 260,
+        "hyperparameters": _RING,
     },
     "TD3, Ornstein-Uhlenbeck noise": {"algo": "td3", **_OFF, "hyperparameters": {**_RING, **_OU}},
     "TD3, noise of 4 environments": {"algo": "td3", **_OFF, "n_envs": 4, "hyperparameters": {**_STARTS, **_OU}},
