@@ -176,7 +176,8 @@ def run(settings: dict[str, Any], folder: str, result: str) -> None:
     os.chdir(folder)
     sys.stderr = open(Path(folder) / "stderr.txt", "a")  # noqa: SIM115 # until the process ends
     if settings.pop("script", None):
-        return _run_script(settings["total_timesteps"], Path(result))
+        _run_script(settings["total_timesteps"], Path(result))
+        return
     config = build_config([Layer("the matrix", settings)])
     train(config, reporter=Fingerprints(Path(result)))
 
