@@ -56,18 +56,20 @@ def frames(count: int) -> tuple[str, np.ndarray]:
 
 
 class Images:
-    """20,000 transitions of stacked frames."""
+    """20,000 transitions of stacked frames; SB3 itself turns images channel first before it stores them."""
 
-    rows, space, action = 20_000, spaces.Box(0, 255, (84, 84, 4), np.uint8), spaces.Discrete(6)
+    rows, action = 20_000, spaces.Discrete(6)
 
-    def __init__(self) -> None:
+    def __init__(self, *, channel_first: bool) -> None:
         name, self._frames = frames(self.rows + NEW_ROWS * 12)
-        self.name = f"{self.rows:,} x 84x84x4 uint8 ({name})"
+        self._axis, layout = (0, "4x84x84") if channel_first else (-1, "84x84x4")
+        self.space = spaces.Box(0, 255, (4, 84, 84) if channel_first else (84, 84, 4), np.uint8)
+        self.name = f"{self.rows:,} x {layout} uint8 ({name})"
 
     def fill(self, buffer: ReplayBuffer, start: int, count: int) -> None:
         for t in range(start, start + count):
             f = t % (len(self._frames) - 5)
-            before, after = (np.moveaxis(self._frames[f + i : f + i + 4], 0, -1)[np.newaxis] for i in (0, 1))
+            before, after = (np.moveaxis(self._frames[f + i : f + i + 4], 0, self._axis)[np.newaxis] for i in (0, 1))
             buffer.add(before, after, np.array([t % 6]), np.zeros(1), np.array([t % 800 == 799]), [{}])
 
 
@@ -220,10 +222,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
     parser.add_argument("--repeats", type=int, default=5, help="checkpoints of 1,000 new transitions each")
+    parser.add_argument("--fills", type=float, nargs="+", default=FILLS, help="how full the buffers are, of 1")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for case in (Images(), Vectors()):
-        for fill in FILLS:
+    for case in (Images(channel_first=False), Images(channel_first=True), Vectors()):
+        for fill in options.fills:
             with tempfile.TemporaryDirectory() as folder:
                 rows += measure(case, fill, Path(folder), options.repeats)
     if options.json:

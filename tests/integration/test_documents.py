@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -126,6 +127,15 @@ def test_the_documented_matrix_prints_a_table_in_which_every_training_is_exact(c
     done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=DEADLINE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 trainings" in done.stdout and "0 not exact" in done.stdout
+
+
+@pytest.mark.parametrize("command", _commands("python benchmarks/"))
+def test_a_documented_benchmark_prints_its_rows(command: str) -> None:
+    words = [sys.executable, *shlex.split(command)[1:], "--fills", "0.01", "--repeats", "1", "--json"]
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert len(rows) == 6 and all(row["ours_bytes"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize(("document", "source"), _blocks("python"))
