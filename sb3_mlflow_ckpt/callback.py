@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import uuid
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mlflow_ckpt.algorithms import algorithm_name, describe_model
@@ -130,6 +132,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         self._root_run_id: str | None = None
         self._saved_state: tuple[int, int, int] | None = None
         self._resumption: Resumption | None = None
+        self._trained: weakref.ref[BaseAlgorithm] | None = None
         self._snapshots: Snapshots | None = None
         self._due: int | None = None
         self._curve = CurveSampler()
@@ -179,6 +182,8 @@ class EpisodeCheckpointCallback(BaseCallback):
         live = self._live
         if live is None:
             return
+        if self._resumption is not None:
+            self._resumption.close()
         # Nothing was trained where the checkpoint that it was to go on from was refused.
         unsaved = isinstance(error, (CheckpointSaveError, IncompatibleCheckpointError))
         signalled = self._signals.received is not None or isinstance(error, (KeyboardInterrupt, TrainingInterrupted))
@@ -223,7 +228,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         self._curve.start(self.num_timesteps)
         watched = CallbackStates(self.locals.get("callback"))
         self._snapshots = Snapshots(self.model, watched, self._resume_state, self._save_replay_buffer, self._take)
-        self._due = None
+        self._due, self._trained = None, weakref.ref(self.model)
         self._signals.install()
         self._exit.install()
         if self._resumption is not None:
@@ -264,6 +269,10 @@ class EpisodeCheckpointCallback(BaseCallback):
             live.flush()
             self._check_writer(live)
             point = self._moments.training_end()
+            if self._resumption is not None and not self._resumption.complete:
+                # There was nothing left to train: what was to be restored is in the checkpoint that it came from.
+                point = None
+                self._resumption.close()
             due, self._due = self._due, None
             if due is not None:
                 self._save(due, "interval", point)
@@ -289,11 +298,16 @@ class EpisodeCheckpointCallback(BaseCallback):
             self._parent = self._root_run_id = self._saved_state = self._resumption = None
             return True
         came_from = origin(self.model)
+        is_another = self._trained is None or self._trained() is not self.model
+        if is_another and self._trained is not None:
+            self.episode, self.run_id = 0, self._given_run_id
+            self._parent = self._root_run_id = self._saved_state = None
         if self._root_run_id is None and came_from is not None:
             self._parent, self.episode = came_from.reference, came_from.metadata.finished_episodes
             self._root_run_id = came_from.metadata.root_run_id or came_from.metadata.run_id
         self._resumption = None
-        if came_from is not None and self._saved_state is None:
+        # Of a model that was trained further since, the checkpoint says nothing any more.
+        if came_from is not None and is_another and came_from.metadata.num_timesteps == self.model.num_timesteps:
             self._resumption = Resumption(self.model, came_from, self._resume_state, self._overrides)
         return False
 
@@ -339,22 +353,28 @@ class EpisodeCheckpointCallback(BaseCallback):
     def _save(self, episode: int, trigger: str, point: SafePoint | None = None) -> None:
         assert self.agent_id is not None and self.run_id is not None
         snapshot = self._moments.capture(point)
-        capture = capture_checkpoint(
-            self.model,
-            agent_id=self.agent_id,
-            run_id=self.run_id,
-            episode=episode,
-            finished_episodes=self.episode,
-            config=self._config,
-            trigger=trigger,
-            parent=self._parent,
-            root_run_id=self._root_run_id,
-            attributes=self._resumption.held_attributes if self._resumption is not None else None,
-            exact=snapshot.exact,
-            not_exact=snapshot.not_exact,
-            replay=snapshot.replay,
-        )
-        self._running().save(capture)
+        try:
+            capture = capture_checkpoint(
+                self.model,
+                agent_id=self.agent_id,
+                run_id=self.run_id,
+                episode=episode,
+                finished_episodes=self.episode,
+                config=self._config,
+                trigger=trigger,
+                parent=self._parent,
+                root_run_id=self._root_run_id,
+                attributes=self._resumption.held_attributes if self._resumption is not None else None,
+                exact=snapshot.exact,
+                not_exact=snapshot.not_exact,
+                replay=snapshot.replay,
+            )
+            self._running().save(capture)
+        except BaseException:
+            if snapshot.replay is not None:
+                # Training would wait for somebody to write it.
+                snapshot.replay.release()
+            raise
         self._saved_state = self._state()
 
     def _check_writer(self, live: LiveRun) -> None:

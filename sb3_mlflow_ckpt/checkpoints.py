@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,11 +46,13 @@ class Origin(NamedTuple):
         source: Its path or URI.
         metadata: Its metadata.
         path: Its zip on this machine; None where there is none.
+        lacking: Arguments of the model that it did not say and that nobody gave again.
     """
 
     source: str
     metadata: CheckpointMetadata
     path: Path | None = None
+    lacking: tuple[str, ...] = ()
 
     @property
     def reference(self) -> ParentReference:
@@ -218,16 +220,22 @@ def load_checkpoint(
     """
     from sb3_mlflow_ckpt.loading import load
 
-    model, metadata, zip_path = load(
+    model, metadata, zip_path, lacking = load(
         path, env, device=device, algo=algo, policy=policy, hyperparameters=hyperparameters, trusted=trusted
     )
-    note_origin(model, str(zip_path.absolute()), metadata, zip_path.absolute())
+    note_origin(model, str(zip_path.absolute()), metadata, zip_path.absolute(), lacking)
     return LoadedCheckpoint(model, dict(metadata.config), dict(metadata.extra_state))
 
 
-def note_origin(model: BaseAlgorithm, source: str, metadata: CheckpointMetadata, path: Path | None = None) -> None:
+def note_origin(
+    model: BaseAlgorithm,
+    source: str,
+    metadata: CheckpointMetadata,
+    path: Path | None = None,
+    lacking: Sequence[str] = (),
+) -> None:
     """Remember which checkpoint (path or URI, and where its zip lies) a model came from."""
-    _origins[model] = Origin(source, metadata, path)
+    _origins[model] = Origin(source, metadata, path, tuple(lacking))
 
 
 def origin(model: BaseAlgorithm) -> Origin | None:

@@ -6,7 +6,7 @@ Nothing that is pickled in a checkpoint is opened here unless the caller says th
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,8 +92,11 @@ def load(
     policy: str | None = None,
     hyperparameters: Mapping[str, Any] | None = None,
     trusted: bool = False,
-) -> tuple[BaseAlgorithm, CheckpointMetadata, Path]:
-    """Return the model of a checkpoint, its metadata and its zip; see `checkpoints.load_checkpoint`."""
+) -> tuple[BaseAlgorithm, CheckpointMetadata, Path, Sequence[str]]:
+    """Return the model of a checkpoint, its metadata, its zip, and the arguments that nobody knows any more.
+
+    See `checkpoints.load_checkpoint`.
+    """
     from sb3_mlflow_ckpt.algorithms import algorithm_class, algorithm_name
 
     given = None if algo is None else algorithm_name(algorithm_class(algo))
@@ -103,19 +106,23 @@ def load(
         raise IncompatibleCheckpointError(
             zip_path, f"it was trained with {metadata.algo!r}, not with {given!r}", "Leave algo out"
         )
-    own = {"algo": given, "policy": policy, "hyperparameters": hyperparameters}
+    arguments = dict(hyperparameters or {})
+    # The one constructor's argument that is a setting of its own.
+    rate = arguments.pop("learning_rate", None)
+    own = {"algo": given, "policy": policy, "learning_rate": rate, "hyperparameters": arguments or None}
     own = {key: value for key, value in own.items() if value is not None}
     try:
         if trusted:
             model = _load_trusted(zip_path, env, device, metadata)
+            lacking: Sequence[str] = ()
         else:
-            model = _load_checked(zip_path, env, device, metadata, own)
+            model, lacking = _load_checked(zip_path, env, device, metadata, own)
     except CheckpointLoadError:
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointLoadError(zip_path, reason[:400], version_differences(metadata.versions)) from error
-    return model, metadata, zip_path
+    return model, metadata, zip_path, lacking
 
 
 def restore(
@@ -213,6 +220,7 @@ def _checked(
         logger.warning(
             "The checkpoint does not say what %s was: give it again, or the default is taken", ", ".join(lacking)
         )
+    config["undescribed"] = lacking
     if trusted:
         return config
     kept = trust.not_taken_over(config)
@@ -244,7 +252,7 @@ def _load_trusted(path: Path, env: Any, device: str, metadata: CheckpointMetadat
 
 def _load_checked(
     path: Path, env: Any, device: str, metadata: CheckpointMetadata, own: Mapping[str, Any]
-) -> BaseAlgorithm:
+) -> tuple[BaseAlgorithm, Sequence[str]]:
     from stable_baselines3.common.utils import get_device
 
     from sb3_mlflow_ckpt.algorithms import Spaces, algorithm_class, build_model
@@ -265,12 +273,17 @@ def _load_checked(
     # `tensorboard_log` and the like are this launch's; what it gives wins.
     merged = {**config, **own, "hyperparameters": {**config["hyperparameters"], **own.get("hyperparameters", {})}}
     values = {key: merged[key] for key in ("algo", *_BUILT[:4]) if merged.get(key) is not None}
+    # A function is no setting of a configuration: only a script can give one.
+    schedule: Any = values.pop("learning_rate") if callable(values.get("learning_rate")) else None
     training = build_config([Layer("the checkpoint's config", {**values, "device": device})])
     with bounded(path.stat().st_size):
         model = build_model(training, where_to_act, seed=_continued_seed(training, metadata))
     model.seed = training.seed
+    if schedule is not None:
+        model.learning_rate = schedule
+        model._setup_lr_schedule()
     restore(model, path, path, metadata, capture=capture)
-    return model
+    return model, config["undescribed"]
 
 
 def _model_settings(capture: ModelCapture, metadata: CheckpointMetadata) -> dict[str, Any]:

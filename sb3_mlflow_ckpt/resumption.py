@@ -64,6 +64,11 @@ class Resumption:
         return {"exact": reason is None, "reason": reason}
 
     @property
+    def complete(self) -> bool:
+        """Whether everything is restored: not before the first rollout."""
+        return self._complete
+
+    @property
     def held_attributes(self) -> dict[str, Any]:
         """Values of the model's attributes that are changed for a while."""
         return self._refill.attributes if self._refill is not None else {}
@@ -109,6 +114,8 @@ class Resumption:
 
     def close(self) -> None:
         """Give the model back as it is configured."""
+        if self._exact is not None:
+            self._exact.close()
         if self._refill is not None:
             self._refill.release()
 
@@ -117,6 +124,8 @@ class Resumption:
         saved = metadata.resume_state
         if not saved.get("exact"):
             self._miss(f"the checkpoint is not exact: {saved.get('reason') or 'it does not say why'}")
+        if self._origin.lacking:
+            self._miss(f"the checkpoint does not say what {', '.join(self._origin.lacking)} was")
         versions = version_differences(metadata.versions)
         if versions:
             self._miss(versions[0].lower() + versions[1:])

@@ -56,11 +56,13 @@ class ResolvedTraining:
         config: The whole configuration, with what was inherited from the checkpoint.
         source: The checkpoint that it resumes, or None.
         differences: What it changes of the checkpoint's configuration.
+        lacking: Arguments of the model that the checkpoint does not say and that nobody gave again.
     """
 
     config: TrainingConfig
     source: ResumeSource | None
     differences: dict[str, dict[str, Any]]
+    lacking: tuple[str, ...] = ()
 
     @property
     def num_timesteps(self) -> int:
@@ -138,7 +140,7 @@ def resolve_config(config: TrainingConfig) -> ResolvedTraining:
         }
     )
     changed = differences(plain(saved), resolved.to_json()) if source is not None else {}
-    return ResolvedTraining(resolved, source, changed)
+    return ResolvedTraining(resolved, source, changed, tuple(saved.get("undescribed") or ()))
 
 
 def train(config: TrainingConfig, *, reporter: Reporter | None = None) -> TrainingResult:
@@ -253,7 +255,7 @@ def _model(resolved: ResolvedTraining, env: VecEnv, seed: int) -> BaseAlgorithm:
     for name in sorted(overridden & _INITIAL_ONLY):
         logger.warning("%s has no effect: it sets initial parameters, and they come from the checkpoint", name)
     restore(model, source.path, source.uri, source.metadata, overridden=overridden, trusted=trusted)
-    note_origin(model, source.uri, source.metadata, source.path)
+    note_origin(model, source.uri, source.metadata, source.path, resolved.lacking)
     return model
 
 

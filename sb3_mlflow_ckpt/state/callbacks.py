@@ -5,12 +5,14 @@ Settings are left alone: a resumed run may be given other ones.
 
 from __future__ import annotations
 
+import copy
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
 from stable_baselines3.common.logger import Logger
 
 from sb3_mlflow_ckpt import tree
@@ -33,20 +35,36 @@ class CallbackStates:
         self._before = {name: _forms(callback) for name, callback in self._callbacks.items()}
 
     def capture(self) -> State:
-        """Return the attributes of each callback that changed since this was made."""
+        """Return the attributes of each callback that changed since this was made, as copies."""
         state: State = {}
         for name, callback in self._callbacks.items():
             before = self._before[name]
-            state[name] = {key: form for key, form in _forms(callback).items() if before.get(key) != form}
+            changed = [key for key, form in _forms(callback).items() if before.get(key) != form]
+            state[name] = {key: copy.deepcopy(_listed(vars(callback)[key])) for key in changed}
         return state
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Give callbacks that are there again, at the same place and of the same class, what they had."""
+    def restore(self, state: Mapping[str, Any]) -> str | None:
+        """Give callbacks that are there again, at the same place and of the same class, what they had.
+
+        Returns:
+            Which callback with a state of its own is not there, or None.
+        """
         for name, callback in self._callbacks.items():
-            for key, form in dict(state.get(name) or {}).items():
-                # Only what the callback has by itself, and is no method: the names come from a file.
-                if key in vars(callback) and key not in _NOT_STATE:
-                    setattr(callback, key, tree.decode(json.loads(form)))
+            for key, value in dict(state.get(name) or {}).items():
+                # The names come from a file: no method and no property may be hidden by one.
+                if key not in _NOT_STATE and not key.startswith("__") and not hasattr(type(callback), key):
+                    setattr(callback, key, value)
+        for name, changed in state.items():
+            if name not in self._callbacks and set(changed) - {"n_calls"}:
+                return f"the callback {name.rpartition('.')[2]} of the checkpoint is not there, or at another place"
+        return None
+
+    def unknown(self) -> str | None:
+        """Return which callback decides by what is not captured, or None."""
+        for callback in self._callbacks.values():
+            if isinstance(callback, EvalCallback) and (not callback.deterministic or _listens(callback)):
+                return "an EvalCallback draws or decides by episodes whose environment is not part of the checkpoint"
+        return None
 
 
 def capture_logger(logger: Logger) -> State:
@@ -85,18 +103,21 @@ def _named(callback: BaseCallback, place: str = "") -> Iterator[tuple[str, BaseC
 
 
 def _forms(callback: BaseCallback) -> dict[str, str]:
-    """Return the plain form of each attribute that has one without arrays."""
+    """Return a text for each attribute that has a plain form; it differs where the attribute does."""
     forms = {}
     for key, value in vars(callback).items():
         if key in _NOT_STATE:
             continue
         try:
             document, arrays = tree.encode(_listed(value))
-            if not arrays:
-                forms[key] = json.dumps(document)
         except (TypeError, ValueError):
             continue
+        forms[key] = json.dumps(document) + "".join(str(zlib.crc32(piece.data)) for piece in tree.pieces(arrays))
     return forms
+
+
+def _listens(callback: EvalCallback) -> bool:
+    return callback.callback is not None or callback.callback_on_new_best is not None
 
 
 def _listed(value: Any) -> Any:

@@ -6,6 +6,7 @@ needed for, is in docs/exact-resume.md.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -81,7 +82,7 @@ def capture_exact(
         # Last: nothing above may draw a number.
         "randomness": drawn_before if point == "population" else randomness.capture(model),
     }
-    return ExactCapture(state, reason or noise_reason or own_reason)
+    return ExactCapture(state, reason or noise_reason or own_reason or rollout.unknown(model) or watched.unknown())
 
 
 class ExactRestore:
@@ -135,9 +136,12 @@ class ExactRestore:
         try:
             if self._rollout is not None:
                 rollout.restore(model, self._rollout)
+                self._rollout = None
             _restore_noise(getattr(model, "action_noise", None), state.get("action_noise"))
             _restore_own(model, state.get("algorithm"))
-            watched.restore(state.get("callbacks") or {})
+            missed = watched.restore(state.get("callbacks") or {})
+            if missed is not None:
+                self._miss(missed)
             callbacks.restore_logger(model.logger, state.get("logger") or {})
             if self._with_randomness:
                 randomness.restore(model, state["randomness"])
@@ -147,6 +151,12 @@ class ExactRestore:
                 self._restore_noise_matrices(state.get("gsde") or {})
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             self._miss(f"a part of the state could not be restored: {error}")
+
+    def close(self) -> None:
+        """Give the model back as it is configured, where `learn` ended before its first rollout."""
+        if self._rollout is not None:
+            rollout.withdraw(self._model, self._rollout)
+            self._rollout = None
 
     def _restore_environments(self) -> bool:
         model, state = self._model, self._state
@@ -216,7 +226,7 @@ def _capture_noise(noise: ActionNoise | None) -> tuple[Any, str | None]:
         return [part for part, _ in parts], next((reason for _, reason in parts if reason), None)
     own = getattr(noise, "get_checkpoint_state", None)
     if own is not None:
-        return {"own": own()}, None
+        return {"own": copy.deepcopy(own())}, None
     return None, f"the state of the action noise {type(noise).__name__} is not known"
 
 
@@ -236,7 +246,7 @@ def _capture_own(model: BaseAlgorithm) -> tuple[Any, str | None]:
     """Return what an algorithm of the user's own says of itself."""
     own = getattr(model, "get_checkpoint_state", None)
     if own is not None:
-        state = own()
+        state = copy.deepcopy(own())
         try:
             tree.encode(state)
         except tree.NotPlainError as error:

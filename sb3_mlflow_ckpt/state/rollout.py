@@ -54,10 +54,23 @@ def restore(model: BaseAlgorithm, state: Mapping[str, Any]) -> None:
     """Put the rows back and the length of later rollouts right. Call when the first rollout has been begun."""
     buffer, pos = _buffer(model), int(state["pos"])
     assert buffer is not None
+    withdraw(model, state)
     for name, array in _arrays(buffer):
         array[:pos] = state["rows"][name]
     buffer.pos = pos
-    cast("Any", model).n_steps += pos
+
+
+def withdraw(model: BaseAlgorithm, state: Mapping[str, Any]) -> None:
+    """Take `announce` back."""
+    cast("Any", model).n_steps += int(state["pos"])
+
+
+def unknown(model: BaseAlgorithm) -> str | None:
+    """Return why the rollout buffer may hold more than what is captured here, or None."""
+    buffer = getattr(model, "rollout_buffer", None)
+    if buffer is None or type(buffer).__module__.partition(".")[0] in ("stable_baselines3", "sb3_contrib"):
+        return None
+    return f"what state {type(buffer).__name__} adds to its rows is not known"
 
 
 def _buffer(model: BaseAlgorithm) -> RolloutBuffer | None:

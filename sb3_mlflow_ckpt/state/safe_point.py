@@ -5,7 +5,7 @@ behind, and the step would be lost. The moments after it:
 
 | algorithm | moment |
 |---|---|
-| on-policy | when the policy is asked for the next action, in mid-rollout; before the noise is drawn anew, where gSDE does that within a rollout; after the update, where the step was the rollout's last |
+| on-policy | when the policy is asked for the next action, in mid-rollout; before the noise is drawn anew, where gSDE does that within a rollout; after the update, where the step was the rollout's last or the target is reached |
 | off-policy | when the next steps begin to be collected, after the updates: at most `train_freq` later |
 | ARS | when the next population begins to be evaluated, with the random states of before it was drawn |
 """  # noqa: E501 # a table
@@ -96,7 +96,10 @@ class SafePointWatch:
     def _stored(self) -> None:
         # Somebody else may ask the policy before SB3 has stored the step; and an update draws noise, too.
         buffer = self._model.rollout_buffer
-        if self.armed and self._next_row <= buffer.pos < buffer.buffer_size:
+        if not self.armed or not self._next_row <= buffer.pos < buffer.buffer_size:
+            return
+        # Beyond the target SB3 finishes the rollout and updates; a `learn` that is resumed there would do neither.
+        if self._model.num_timesteps < self._model._total_timesteps:
             self._fire("mid_rollout")
 
     def _fire(self, point: SafePoint) -> None:

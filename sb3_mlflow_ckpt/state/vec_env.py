@@ -5,11 +5,14 @@ Statistics of VecNormalize are kept with the weights as well (`normalization`): 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    SubprocVecEnv,
     VecCheckNan,
     VecEnv,
     VecEnvWrapper,
@@ -37,10 +40,12 @@ def capture(env: VecEnv) -> tuple[State, str | None]:
             reason = reason or f"the state of {type(layer).__name__} is not known"
         layers.append({"class": type(layer).__name__, "state": taken})
     environments: list[State] | None = None
-    if not all(env.env_is_wrapped(CheckpointableEnv)):
-        reason = reason or "its environments are not wrapped in CheckpointableEnv"
+    problem = _not_outermost(env)
+    if problem is not None:
+        reason = reason or problem
     else:
-        environments = env.env_method("capture_env_state")
+        # In this process, environments may hand out what they go on using.
+        environments = copy.deepcopy(env.env_method("capture_env_state"))
         missed = [f"environment {index}: {state['reason']}" for index, state in enumerate(environments)
                   if state.get("reason")]  # fmt: skip
         reason = reason or (missed[0] if missed else None)
@@ -60,8 +65,9 @@ def restore(env: VecEnv, state: Mapping[str, Any]) -> str | None:
     if not isinstance(environments, list) or len(environments) != env.num_envs:
         count = len(environments) if isinstance(environments, list) else 0
         return f"the checkpoint holds {count} environments, this run has {env.num_envs}"
-    if not all(env.env_is_wrapped(CheckpointableEnv)):
-        return "this run's environments are not wrapped in CheckpointableEnv"
+    problem = _not_outermost(env)
+    if problem is not None:
+        return problem
     for index, environment in enumerate(environments):
         (reason,) = env.env_method("restore_env_state", environment, indices=index)
         if reason is not None:
@@ -73,6 +79,19 @@ def restore(env: VecEnv, state: Mapping[str, Any]) -> str | None:
             _restore_layer(layer, taken["state"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             return f"the state of {type(layer).__name__} does not fit: {error}"
+    return None
+
+
+def _not_outermost(env: VecEnv) -> str | None:
+    """Return why the environments cannot be asked for all of their state, or None."""
+    base = env.unwrapped
+    if type(base) not in (DummyVecEnv, SubprocVecEnv):
+        return f"the state of {type(base).__name__} is not known"
+    if not all(env.env_is_wrapped(CheckpointableEnv)):
+        return "its environments are not wrapped in CheckpointableEnv"
+    # Every other question passes through the wrappers; the answer to this one can be sent between processes.
+    if set(env.get_attr("__module__")) != {CheckpointableEnv.__module__}:
+        return "its environments have wrappers outside of CheckpointableEnv, which must be the outermost one"
     return None
 
 
@@ -90,17 +109,17 @@ def _own(layer: VecEnvWrapper, name: str) -> Callable[..., Any] | None:
 def _capture_layer(layer: VecEnvWrapper) -> State | None:
     own = _own(layer, "get_checkpoint_state")
     if own is not None:
-        return {"own": own()}
-    if isinstance(layer, VecNormalize):
+        return {"own": copy.deepcopy(own())}
+    if type(layer) is VecNormalize:
         return {
             # Again, though they are kept with the weights: `learn` resets the environments, which adds to them.
             "statistics": normalization.capture(layer)[1],
             "old_obs": _copy(getattr(layer, "old_obs", None)),
             "old_reward": np.array(layer.old_reward),
         }
-    if isinstance(layer, VecFrameStack):
+    if type(layer) is VecFrameStack:
         return {"stacked": [part.stacked_obs.copy() for part in _stacks(layer.stacked_obs)]}
-    if isinstance(layer, VecMonitor):
+    if type(layer) is VecMonitor:
         if layer.results_writer is not None:
             layer.results_writer.file_handler.flush()
         return {

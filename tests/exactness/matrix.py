@@ -266,6 +266,10 @@ class Matrix:
             if not (folder / "result.json").exists():
                 # The kill came between the last checkpoint and the result: there is nothing left to train.
                 newest = max(folder.glob("checkpoints/*/*/ep*_metadata.json"), key=lambda path: path.stat().st_mtime)
+                ends = [json.loads(path.read_bytes())["num_timesteps"] for path in (
+                    newest, *folder.with_name("alone").glob("checkpoints/*/*/ep*_metadata.json"))]  # fmt: skip
+                if ends[0] != max(ends):
+                    raise RuntimeError(f"nothing is left to train at {ends[0]} of {max(ends)} timesteps")
                 newest.unlink()
 
     def _start(self, settings: dict[str, Any], folder: Path) -> multiprocessing.process.BaseProcess:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import EvalCallback, StopTrainingOnNoModelImprovement
+from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 
@@ -29,7 +29,6 @@ def train(total_timesteps: int, last: Any) -> None:
         model, _, _ = load_checkpoint(path, env=env, device="cpu")
     evaluation = EvalCallback(
         VecNormalize(VecMonitor(make_vec_env("CartPole-v1", seed=6)), training=False),
-        callback_after_eval=StopTrainingOnNoModelImprovement(1_000),
         best_model_save_path="best",
         n_eval_episodes=1,
         eval_freq=40,
