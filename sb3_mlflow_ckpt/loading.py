@@ -21,7 +21,7 @@ from sb3_mlflow_ckpt.errors import (
 from sb3_mlflow_ckpt.layout import model_path
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata
 from sb3_mlflow_ckpt.provenance import version_differences
-from sb3_mlflow_ckpt.state.embedded import read_built
+from sb3_mlflow_ckpt.state.embedded import read_part
 from sb3_mlflow_ckpt.state.foreign import describe_foreign, is_foreign
 from sb3_mlflow_ckpt.verification import verify_checkpoint
 
@@ -78,7 +78,9 @@ def inherited_settings(
     config = dict(metadata.config)
     if not ({"algo", "hyperparameters"} <= config.keys()):
         # Whoever saved it wrote a configuration of their own: the model itself says how it was built.
-        config |= {key: value for key, value in read_built(path).items() if key in _BUILT and value is not None}
+        config |= {
+            key: value for key, value in (read_part(path, "built") or {}).items() if key in _BUILT and value is not None
+        }
     config |= {"algo": metadata.algo, "agent_id": metadata.agent_id}
     return _checked(config, path, where, metadata, own, inheritable_fields(), trusted=trusted)
 

@@ -11,8 +11,9 @@ from sb3_mlflow_ckpt.checkpoints import Origin
 from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointLoadError, IncompatibleCheckpointError
 from sb3_mlflow_ckpt.layout import chunk_path
 from sb3_mlflow_ckpt.provenance import version_differences
-from sb3_mlflow_ckpt.state.archive import read_exact, read_replay
+from sb3_mlflow_ckpt.state.archive import read_exact
 from sb3_mlflow_ckpt.state.callbacks import CallbackStates
+from sb3_mlflow_ckpt.state.embedded import read_part
 from sb3_mlflow_ckpt.state.exact import ExactRestore
 from sb3_mlflow_ckpt.state.replay import ReplayRefill
 from sb3_mlflow_ckpt.state.replay_buffer import restore_replay
@@ -139,7 +140,9 @@ class Resumption:
         except CheckpointLoadError as error:
             self._miss(error.cause)
             return
-        if state is not None:
+        if state is None:
+            self._miss("the checkpoint holds parameters and counters only")
+        else:
             changed = {key.partition(".")[0] for key in overridden} & set(_ENVIRONMENT)
             self._exact = ExactRestore(
                 self._model, state, environments=not changed, randomness="seed" not in overridden
@@ -150,9 +153,9 @@ class Resumption:
         if path is None or self._mode == "weights" or getattr(self._model, "replay_buffer", None) is None:
             return None
         try:
-            state = read_replay(path)
+            state = read_part(path, "replay")
             if state is None:
-                # Where it should be there, its checkpoint has said why it is not.
+                self._miss("the checkpoint holds no replay buffer")
                 return None
             lost = restore_replay(self._model, state, lambda name: chunk_path(path.parent, name).open("rb"))
         except (ValueError, KeyError, TypeError, OSError, CheckpointError) as error:

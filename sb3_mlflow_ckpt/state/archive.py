@@ -74,22 +74,6 @@ def write_archive(file: BinaryIO, capture: ModelCapture, metadata: CheckpointMet
                     member.write(piece.data)
 
 
-def read_replay(path: Path) -> dict[str, Any] | None:
-    """Return what a checkpoint says of its replay buffer beside the chunks, or None where it holds none.
-
-    Raises:
-        CheckpointCorruptError: It cannot be read.
-    """
-    try:
-        with open_container(path) as archive:
-            replay = read_state(archive).get("replay")
-    except CheckpointLoadError:
-        raise
-    except READ_ERRORS as error:
-        raise CheckpointCorruptError(path, f"its state cannot be read ({error})") from error
-    return replay if isinstance(replay, dict) else None
-
-
 def read_exact(path: Path) -> dict[str, Any] | None:
     """Return what `ExactCapture.state` was, or None where the checkpoint holds none.
 

@@ -47,13 +47,17 @@ class CallbackStates:
         """Give callbacks that are there again, at the same place and of the same class, what they had.
 
         Returns:
-            Which callback with a state of its own is not there, or None.
+            What of it was not restored, or None.
         """
         for name, callback in self._callbacks.items():
             for key, value in dict(state.get(name) or {}).items():
                 # The names come from a file: no method and no property may be hidden by one.
-                if key not in _NOT_STATE and not key.startswith("__") and not hasattr(type(callback), key):
-                    setattr(callback, key, value)
+                if key in _NOT_STATE or key.startswith("__") or hasattr(type(callback), key):
+                    continue
+                if _holds_text(value):
+                    # It could be where the callback writes to, and the file a stranger's.
+                    return f"{type(callback).__name__}.{key} is a text, which is not taken from a file"
+                setattr(callback, key, value)
         for name, changed in state.items():
             if name not in self._callbacks and set(changed) - {"n_calls"}:
                 return f"the callback {name.rpartition('.')[2]} of the checkpoint is not there, or at another place"
@@ -118,6 +122,14 @@ def _forms(callback: BaseCallback) -> dict[str, str]:
 
 def _listens(callback: EvalCallback) -> bool:
     return callback.callback is not None or callback.callback_on_new_best is not None
+
+
+def _holds_text(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_holds_text(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_holds_text(item) for item in value)
+    return isinstance(value, (str, bytes)) or (isinstance(value, np.ndarray) and value.dtype.kind in "SU")
 
 
 def _listed(value: Any) -> Any:

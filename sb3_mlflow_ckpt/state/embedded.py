@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +58,19 @@ def read_embedded_metadata(path: Path, *, check_members: bool) -> CheckpointMeta
         raise CheckpointCorruptError(path, f"its zip cannot be read ({error})") from error
 
 
-def read_built(path: Path) -> Mapping[str, Any]:
-    """Return how the model of a checkpoint was built, as its own constructor would be told; empty in older ones.
+def read_part(path: Path, key: str) -> dict[str, Any] | None:
+    """Return a mapping within the member, or None where there is none.
+
+    `built` is how the model's constructor would be told, `replay` what the chunks of its buffer are.
 
     Raises:
         CheckpointLoadError: The zip cannot be read.
     """
     try:
         with open_container(path) as container:
-            built = read_state(container).get("built")
+            part = read_state(container).get(key)
     except CheckpointLoadError:
         raise
     except READ_ERRORS as error:
         raise CheckpointCorruptError(path, f"its zip cannot be read ({error})") from error
-    return built if isinstance(built, dict) else {}
+    return part if isinstance(part, dict) else None

@@ -160,11 +160,16 @@ class ExactRestore:
 
     def _restore_environments(self) -> bool:
         model, state = self._model, self._state
-        problem = "this run changes their settings" if not self._with_environments else vec_env.restore(
-            model.env, state["environments"]
-        )  # fmt: skip
-        if problem is None:
-            problem = self._restore_observed(state.get("observed") or {})
+        if not self._with_environments:
+            problem: str | None = "this run changes their settings"
+        else:
+            try:
+                problem = vec_env.restore(model.env, state["environments"])
+                if problem is None:
+                    problem = self._restore_observed(state.get("observed") or {})
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+                # The file may be a stranger's, and made up.
+                problem = f"their state is not described ({type(error).__name__}: {error})"
         if problem is None:
             return True
         self._miss(f"the environments are reset: {problem}")

@@ -28,11 +28,13 @@ def capture(model: BaseAlgorithm) -> dict[str, Any] | None:
     return {"pos": buffer.pos, "rows": {name: array[: buffer.pos].copy() for name, array in _arrays(buffer)}}
 
 
-def problem(model: BaseAlgorithm, state: Mapping[str, Any]) -> str | None:
+def problem(model: BaseAlgorithm, state: Any) -> str | None:
     """Return why a captured rollout cannot go on in this model, or None."""
     buffer = _buffer(model)
     if buffer is None:
         return "the algorithm collects no rollouts"
+    if not isinstance(state, Mapping):
+        return "it is not described"
     pos, rows = state.get("pos"), state.get("rows")
     if type(pos) is not int or not isinstance(rows, Mapping):
         return "it is not described"

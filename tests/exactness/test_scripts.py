@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,3 +250,54 @@ def test_a_capture_that_fails_does_not_hold_up_the_training(tmp_path: Path) -> N
     with pytest.raises(TypeError, match="pickle"), EpisodeCheckpointCallback(1, 0, tmp_path) as ours:
         model.learn(100, callback=ours)
     assert time.monotonic() - began < 60
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the exact state in a checkpoint, with hashes that are right again."""
+    members = {}
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    document = json.loads(members["sb3_mlflow_ckpt/exact.json"])
+    change(document)
+    members["sb3_mlflow_ckpt/exact.json"] = json.dumps(document).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    metadata_file = path.with_name(f"{path.stem}_metadata.json")
+    metadata = json.loads(metadata_file.read_bytes())
+    content = path.read_bytes()
+    metadata["files"][0] |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    metadata_file.write_text(json.dumps(metadata))
+
+
+@pytest.mark.parametrize("key", ["environments", "observed", "randomness", "callbacks", "logger", "rollout", "gsde"])
+@pytest.mark.parametrize("value", [None, 7, "x", [1], {"a": 1}, {"layers": [3], "environments": [4]}], ids=str)
+def test_a_made_up_state_is_no_error_but_a_reason(tmp_path: Path, key: str, value: Any) -> None:
+    learned(ppo(cart_pole()), tmp_path, 128)
+    path = list_checkpoints(tmp_path)[1]
+    rewritten(path, lambda document: document.__setitem__(key, value))
+    model, _, _ = load_checkpoint(path, env=cart_pole(), device="cpu")
+    _, ours = learned(model, tmp_path / "resumed", 128)
+    # What is dropped is collected anew.
+    assert model.num_timesteps >= 128
+    if key in ("environments", "observed", "randomness"):
+        assert not ours.resume_report["exact"]
+
+
+def test_a_file_does_not_say_where_a_callback_writes_to(tmp_path: Path) -> None:
+    def evaluation() -> EvalCallback:
+        return EvalCallback(make_vec_env("CartPole-v1"), eval_freq=50, n_eval_episodes=1, best_model_save_path=None)
+
+    learned(ppo(cart_pole()), tmp_path, 128, evaluation())
+    path = list_checkpoints(tmp_path)[1]
+
+    def change(document: dict[str, Any]) -> None:
+        [name] = [name for name in document["callbacks"] if name.endswith("EvalCallback")]
+        document["callbacks"][name]["best_model_save_path"] = str(tmp_path / "elsewhere")
+
+    rewritten(path, change)
+    model, _, _ = load_checkpoint(path, env=cart_pole(), device="cpu")
+    callback = evaluation()
+    _, ours = learned(model, tmp_path / "resumed", 128, callback)
+    assert callback.best_model_save_path is None and not (tmp_path / "elsewhere").exists()
+    assert "is a text" in ours.resume_report["reason"]
