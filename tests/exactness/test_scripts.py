@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -242,14 +241,13 @@ def test_an_evaluation_that_draws_is_not_exact(tmp_path: Path) -> None:
     assert not state["exact"] and "EvalCallback" in state["reason"]
 
 
+@pytest.mark.timeout(120)  # It waited for minutes for a writer that never came.
 def test_a_capture_that_fails_does_not_hold_up_the_training(tmp_path: Path) -> None:
     env = make_vec_env("Pendulum-v1", env_kwargs={"max_episode_steps": 20}, wrapper_class=CheckpointableEnv)
     model = SAC("MlpPolicy", env, learning_starts=30, batch_size=8, buffer_size=100)
     model.lock = threading.Lock()  # type: ignore[attr-defined] # SB3 cannot pickle it
-    began = time.monotonic()
     with pytest.raises(TypeError, match="pickle"), EpisodeCheckpointCallback(1, 0, tmp_path) as ours:
         model.learn(100, callback=ours)
-    assert time.monotonic() - began < 60
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
