@@ -26,7 +26,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
 
 from sb3_mlflow_ckpt.layout import RunFolder
-from sb3_mlflow_ckpt.state.replay_buffer import ReplayRecorder, restore_replay
+from sb3_mlflow_ckpt.state.replay.buffer import ReplayRecorder, restore_replay
 
 NEW_ROWS = 1000
 FILLS = (0.01, 0.1, 0.5, 1.0)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from sb3_mlflow_ckpt.state.exact import ExactCapture
     from sb3_mlflow_ckpt.state.model import ModelCapture
-    from sb3_mlflow_ckpt.state.replay_buffer import ReplayCapture
+    from sb3_mlflow_ckpt.state.replay.buffer import ReplayCapture
 
 _DISK_FULL = (
     "Reduce keep_last_n_checkpoints, increase checkpoint_interval_episodes, clean up old checkpoints, "

@@ -15,8 +15,8 @@ from sb3_mlflow_ckpt.state.archive import read_exact
 from sb3_mlflow_ckpt.state.callbacks import CallbackStates
 from sb3_mlflow_ckpt.state.embedded import read_part
 from sb3_mlflow_ckpt.state.exact import ExactRestore
-from sb3_mlflow_ckpt.state.replay import ReplayRefill
-from sb3_mlflow_ckpt.state.replay_buffer import restore_replay
+from sb3_mlflow_ckpt.state.replay.buffer import restore_replay
+from sb3_mlflow_ckpt.state.replay.refill import ReplayRefill
 from sb3_mlflow_ckpt.state.safe_point import kind_of
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from sb3_mlflow_ckpt.resumption import ResumeState
 from sb3_mlflow_ckpt.state.callbacks import CallbackStates
 from sb3_mlflow_ckpt.state.exact import ExactCapture, capture_exact
-from sb3_mlflow_ckpt.state.replay_buffer import ReplayCapture, ReplayRecorder
-from sb3_mlflow_ckpt.state.replay_columns import columns
+from sb3_mlflow_ckpt.state.replay.buffer import ReplayCapture, ReplayRecorder
+from sb3_mlflow_ckpt.state.replay.columns import columns
 from sb3_mlflow_ckpt.state.safe_point import SafePoint, SafePointWatch
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ Importing it imports neither pydantic nor anything heavier.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
@@ -13,7 +14,7 @@ from typing import IO, Any
 import click
 
 from sb3_mlflow_ckpt.errors import CheckpointError, ConfigError, InvalidIdError, MirrorUnavailableError
-from sb3_mlflow_ckpt.printable import printable
+from sb3_mlflow_ckpt.printable import printable, printable_json
 
 FAILURE_EXIT_CODE = 1
 
@@ -130,3 +131,8 @@ class Group(Command, click.Group):
 
     command_class = Command
     group_class = type
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON that a terminal can show."""
+    click.echo(printable_json(json.dumps(value, indent=2, ensure_ascii=False, default=str)))

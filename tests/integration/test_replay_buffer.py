@@ -14,8 +14,8 @@ import pytest
 from replay_buffers import KINDS, Filled, content, run_folder
 
 from sb3_mlflow_ckpt.layout import RunFolder
-from sb3_mlflow_ckpt.state import replay_buffer
-from sb3_mlflow_ckpt.state.replay_buffer import ReplayRecorder, restore_replay
+from sb3_mlflow_ckpt.state.replay import buffer as replay_buffer
+from sb3_mlflow_ckpt.state.replay.buffer import ReplayRecorder, restore_replay
 
 
 def _restored(kind: str, filled: Filled, state: dict[str, Any], folder: RunFolder) -> Filled:

@@ -22,7 +22,7 @@ from sb3_mlflow_ckpt.mirrors.artifacts import download_checkpoint
 from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror
 from sb3_mlflow_ckpt.policies import KeepLastN
 from sb3_mlflow_ckpt.runs.document import new_record
-from sb3_mlflow_ckpt.state.replay_buffer import ReplayRecorder, restore_replay
+from sb3_mlflow_ckpt.state.replay.buffer import ReplayRecorder, restore_replay
 
 
 class Training:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from sb3_mlflow_ckpt import tree
 from sb3_mlflow_ckpt.errors import CheckpointCorruptError
-from sb3_mlflow_ckpt.state.frame_streams import decode_sequence, encode_sequence
-from sb3_mlflow_ckpt.state.replay_chunks import ChunkRows, read_chunk, write_chunk
+from sb3_mlflow_ckpt.state.replay.chunks import ChunkRows, read_chunk, write_chunk
+from sb3_mlflow_ckpt.state.replay.frame_streams import decode_sequence, encode_sequence
 
 DTYPES = ["u1", "<f4", "<f8", "<i8", "?", "<c16", "<f2"]
 

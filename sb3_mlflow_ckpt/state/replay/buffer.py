@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sb3_mlflow_ckpt.layout import REPLAY_FOLDER, RunFolder, chunk_entry
 from sb3_mlflow_ckpt.metadata import FileEntry
-from sb3_mlflow_ckpt.state.chunk_files import take_over, write_rows
-from sb3_mlflow_ckpt.state.replay_chunks import ChunkRows
-from sb3_mlflow_ckpt.state.replay_columns import columns, keeps_infos, row_bytes, uncaptured_reason
-from sb3_mlflow_ckpt.state.replay_plan import Chunk, Ring, Span, plan
-from sb3_mlflow_ckpt.state.replay_restore import buffer_state, chunks_document, restore_replay, saved_chunks
+from sb3_mlflow_ckpt.state.replay.chunks import ChunkRows
+from sb3_mlflow_ckpt.state.replay.columns import columns, keeps_infos, row_bytes, uncaptured_reason
+from sb3_mlflow_ckpt.state.replay.files import take_over, write_rows
+from sb3_mlflow_ckpt.state.replay.plan import Chunk, Ring, Span, plan
+from sb3_mlflow_ckpt.state.replay.restore import buffer_state, chunks_document, restore_replay, saved_chunks
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from sb3_mlflow_ckpt import tree
 from sb3_mlflow_ckpt.errors import CheckpointCorruptError
-from sb3_mlflow_ckpt.state.frame_streams import (
+from sb3_mlflow_ckpt.state.replay.frame_streams import (
     Stack,
     Stream,
     decode_pairs,

@@ -12,8 +12,8 @@ from typing import IO, cast
 
 from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.layout import RunFolder, chunk_name
-from sb3_mlflow_ckpt.state.replay_chunks import ChunkRows, write_chunk
-from sb3_mlflow_ckpt.state.replay_plan import Chunk, Span
+from sb3_mlflow_ckpt.state.replay.chunks import ChunkRows, write_chunk
+from sb3_mlflow_ckpt.state.replay.plan import Chunk, Span
 from sb3_mlflow_ckpt.tree import NotPlainError
 
 logger = logging.getLogger(__name__)

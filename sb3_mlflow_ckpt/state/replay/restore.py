@@ -9,9 +9,9 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import numpy as np
 
 from sb3_mlflow_ckpt.layout import chunk_range
-from sb3_mlflow_ckpt.state.replay_chunks import ChunkRows, compare_columns, describe, read_chunk
-from sb3_mlflow_ckpt.state.replay_columns import Array, columns, keeps_infos, uncaptured_reason
-from sb3_mlflow_ckpt.state.replay_plan import Chunk
+from sb3_mlflow_ckpt.state.replay.chunks import ChunkRows, compare_columns, describe, read_chunk
+from sb3_mlflow_ckpt.state.replay.columns import Array, columns, keeps_infos, uncaptured_reason
+from sb3_mlflow_ckpt.state.replay.plan import Chunk
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
