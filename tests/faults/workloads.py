@@ -21,7 +21,7 @@ from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from zygote import Report
 
-from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, prune_checkpoints, run_folders
+from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, prune_checkpoints, run_folders, verify_checkpoint
 from sb3_mlflow_ckpt.commit import capture_checkpoint
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.live_run import LiveRun, RunOptions
@@ -133,10 +133,10 @@ def chunks(report: Report, context: Context) -> None:
     model = DQN("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [4]}, device="cpu", buffer_size=200, seed=1,
                 learning_starts=10**9)  # fmt: skip
     state = _restore_buffer(model, source)
-    live = _live(context, "b", fresh=False)
+    model.num_timesteps = verify_checkpoint(source).num_timesteps
     recorder = ReplayRecorder(model)
     recorder.continue_from(state, source.parent)
-    model.num_timesteps = 100
+    live = _live(context, "b", fresh=False)
     for episode in (6, 7, 7, 8):
         _explore(model, recorder, live, episode, report, context)
     _finish(live, report)
@@ -268,9 +268,8 @@ def _save(
 def _explore(
     model: DQN, recorder: ReplayRecorder, live: LiveRun, episode: int, report: Report, context: Context
 ) -> None:
-    steps = model.num_timesteps
     model.learn(25, reset_num_timesteps=False, callback=lambda *_: recorder.protect() >= 0)
-    _save(live, model, steps + 25, episode, report, context, recorder.capture())
+    _save(live, model, model.num_timesteps, episode, report, context, recorder.capture())
 
 
 def _finish(live: LiveRun, report: Report) -> None:
