@@ -15,8 +15,6 @@ from sb3_mlflow_ckpt.layout import chunk_path, entry_chunk, metadata_path, model
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, FileEntry, parse_metadata
 from sb3_mlflow_ckpt.state.embedded import read_embedded_metadata
 
-_LARGEST_METADATA = 16 * 2**20
-
 
 def read_metadata(path: str | Path, *, settle: bool = True) -> CheckpointMetadata:
     """Return the metadata of a committed checkpoint, given its zip or its metadata file; hashes nothing.
@@ -31,11 +29,13 @@ def read_metadata(path: str | Path, *, settle: bool = True) -> CheckpointMetadat
     """
     file = metadata_path(model_path(Path(path)))
     try:
-        if file.stat().st_size > _LARGEST_METADATA:
-            raise CheckpointCorruptError(file, f"its metadata is larger than {_LARGEST_METADATA} bytes")
-        metadata = parse_metadata(file.read_bytes(), file)
+        metadata = parse_metadata(atomic.read_bytes(file), file)
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(path, "It has no metadata file, so it was never committed") from error
+    except OSError as error:
+        raise CheckpointCorruptError(file, f"its metadata cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # A path with a NUL in it.
+        raise CheckpointNotFoundError(path, f"It is not a path: {error}") from error
     newer = replacement_of(metadata)
     if newer is None or not settle:
         return metadata

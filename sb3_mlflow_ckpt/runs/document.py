@@ -7,40 +7,17 @@ Checkpoints and the learning curve are kept beside the record (`checkpoints.json
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
 from sb3_mlflow_ckpt.metadata import timestamp_now
+from sb3_mlflow_ckpt.redaction import redact as redact
+from sb3_mlflow_ckpt.redaction import redact_all as redact_all
 
 SCHEMA_VERSION = 1
 
 TERMINAL_STATUSES: tuple[str, ...] = ("completed", "failed", "interrupted")
-
-# A credential in any URI: everything between "//" and the last "@" before the path.
-_USERINFO = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s@]*(?:@[^/\s@]*)*@")
-# A password for a database is often written with its "/" unescaped.
-_DATABASE_USERINFO = re.compile(r"(?P<scheme>(?:mongodb|mysql|postgres)[a-z0-9+]*://)\S*@", re.IGNORECASE)
-_SECRET_QUERY = re.compile(r"(?i)([?&](?:\w*password|passwd|token|secret|access_key|secret_key|sig|signature)=)[^&\s]*")
-
-
-def redact(text: str) -> str:
-    """Return a text with the credentials of every URI in it replaced by `***`."""
-    for pattern in (_DATABASE_USERINFO, _USERINFO):
-        text = pattern.sub(r"\g<scheme>***@", text)
-    return _SECRET_QUERY.sub(r"\1***", text)
-
-
-def redact_all(value: Any) -> Any:
-    """Return a JSON value with `redact` applied to every string in it."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, Mapping):
-        return {key: redact_all(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [redact_all(item) for item in value]
-    return value
 
 
 def plain(value: Any) -> Any:

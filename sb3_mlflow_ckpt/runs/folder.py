@@ -47,7 +47,7 @@ def read_ledger(folder: RunFolder) -> CheckpointLedger:
     for episode in on_disk - (set(ledger.saved) - ledger.pruned):
         path = folder.metadata(episode)
         try:
-            ledger.apply({"event": "saved", **saved_facts(parse_metadata(path.read_bytes(), path))})
+            ledger.apply({"event": "saved", **saved_facts(parse_metadata(atomic.read_bytes(path), path))})
         except (OSError, CheckpointError) as error:
             logger.warning("A checkpoint is passed over: %s", error)
     for episode in set(ledger.saved) - on_disk:
