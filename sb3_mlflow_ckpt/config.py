@@ -28,7 +28,7 @@ INHERIT = "inherit"
 """The flag value that stands for "not given": MLproject must pass every parameter, given or not."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-_LARGEST_WHOLE = 2.0**63
+LARGEST_WHOLE = 2.0**63
 _NOT_FINITE = re.compile(r"[+-]?\.?(inf|infinity|nan)", re.IGNORECASE)
 _SCHEDULE = re.compile(r"lin_(?P<start>(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
 _LONGEST_SHOWN = 400
@@ -42,7 +42,7 @@ def _number(value: Any) -> Any:
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         number = float(value)
         # Beyond 2**53 not every integer is a float, nor is such a number a count.
-        whole = number.is_integer() and abs(number) <= _LARGEST_WHOLE and not set(value) & {".", "-"}
+        whole = number.is_integer() and abs(number) <= LARGEST_WHOLE and not set(value) & {".", "-"}
         return int(number) if whole else number
     return value
 
