@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from sb3_mlflow_ckpt.layout import RunFolder, check_id, id_spellings
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, ParentReference
 from sb3_mlflow_ckpt.policies import KeepLastN
 from sb3_mlflow_ckpt.replay_sweep import sweep_chunks
-from sb3_mlflow_ckpt.runs.folder import read_ledger
+from sb3_mlflow_ckpt.runs.folder import read_ledger, subfolders
 from sb3_mlflow_ckpt.verification import read_metadata, verify_checkpoint
 
 if TYPE_CHECKING:
@@ -125,8 +124,8 @@ def run_folders(
         if value is not None:
             check_id(value, what)
     wanted = None if run_id is None else id_spellings(run_id)
-    for agent in sorted(_folders(root)) if agent_id is None else [agent_id]:
-        for run in sorted(_folders(root / agent)) if wanted is None else wanted:
+    for agent in subfolders(root) if agent_id is None else [agent_id]:
+        for run in subfolders(root / agent) if wanted is None else wanted:
             try:
                 folder = RunFolder(root, agent, run)
             except InvalidIdError:
@@ -149,7 +148,7 @@ def list_checkpoints(
         InvalidIdError: An id could leave the folder.
     """
     folders = run_folders(checkpoint_dir, run_id, agent_id)
-    return [folder.model(episode) for folder in folders for episode in committed_episodes(folder)]
+    return [folder.model(episode) for folder in folders for episode in _episodes(folder)]
 
 
 def latest_checkpoint(
@@ -267,16 +266,31 @@ def prune_checkpoints(
     """
     removed: list[Path] = []
     for folder in run_folders(checkpoint_dir, run_id, agent_id):
-        episodes = committed_episodes(folder)
-        protected = _newest_verified(folder, episodes) | _not_mirrored(folder)
-        ordered = [episode for episode in read_ledger(folder).saved if episode in episodes]
-        for episode in KeepLastN(keep_last_n).removable(ordered, protected):
-            if not dry_run:
-                remove_checkpoint(folder, episode)
-            removed.append(folder.model(episode))
-        if not dry_run:
-            sweep_chunks(folder)
+        try:
+            removed += _prune(folder, KeepLastN(keep_last_n), dry_run=dry_run)
+        except (CheckpointError, OSError) as error:
+            logger.warning("%s is left as it is: %s", folder.path, error)
     return removed
+
+
+def _prune(folder: RunFolder, retention: KeepLastN, *, dry_run: bool) -> Iterator[Path]:
+    episodes = committed_episodes(folder)
+    protected = _newest_verified(folder, episodes) | _not_mirrored(folder)
+    ordered = [episode for episode in read_ledger(folder).saved if episode in episodes]
+    for episode in retention.removable(ordered, protected):
+        if not dry_run:
+            remove_checkpoint(folder, episode)
+        yield folder.model(episode)
+    if not dry_run:
+        sweep_chunks(folder)
+
+
+def _episodes(folder: RunFolder) -> list[int]:
+    try:
+        return committed_episodes(folder)
+    except OSError as error:
+        logger.warning("A run is passed over: %s", error)
+        return []
 
 
 def _newest_verified(folder: RunFolder, episodes: Collection[int]) -> set[int]:
@@ -296,11 +310,3 @@ def _not_mirrored(folder: RunFolder) -> set[int]:
     except CheckpointError:
         return set()
     return read_ledger(folder).waiting if tracked else set()
-
-
-def _folders(parent: Path) -> list[str]:
-    try:
-        with os.scandir(parent) as entries:
-            return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    except (FileNotFoundError, NotADirectoryError):
-        return []

@@ -51,7 +51,7 @@ def main() -> None:
         words = Path(temporary, "words")
         escaped = ["".join(rf"\x{byte:02x}" for byte in token) for token in targets.TOKENS]
         words.write_text("".join(f'"{token}"\n' for token in escaped))
-        limits = ["-timeout=20", "-rss_limit_mb=3000", "-max_len=65536", f"-artifact_prefix={os.getcwd()}/"]
+        limits = ["-timeout=20", "-rss_limit_mb=3000", "-max_len=65536", f"-artifact_prefix={Path.cwd()}/"]
         options = [f"-max_total_time={given.seconds}", f"-dict={words}", "-print_final_stats=1", *limits]
         atheris.Setup([sys.argv[0], str(folder), *options], run)
         atheris.Fuzz()
