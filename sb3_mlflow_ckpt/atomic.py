@@ -177,6 +177,8 @@ def append_line(path: Path, value: Any, *, durable: bool = True) -> None:
 def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     """Read the complete JSON lines from a byte offset on; torn, foreign and endless lines are passed over.
 
+    A file that is shorter than that is another one than before, and is read from its beginning.
+
     Returns:
         The documents and the offset behind the last complete line.
 
@@ -187,6 +189,8 @@ def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     rows: list[dict[str, Any]] = []
     try:
         with opened(path) as file:
+            if offset > os.fstat(file.fileno()).st_size:
+                offset = 0
             file.seek(offset)
             for line, end in _complete_lines(file, offset):
                 offset = end

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sb3_mlflow_ckpt.commit import capture_checkpoint, commit_checkpoint, remove_checkpoint
-from sb3_mlflow_ckpt.errors import CheckpointError, InvalidIdError
+from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointNotFoundError, InvalidIdError
 from sb3_mlflow_ckpt.journal import committed_episodes, read_record
 from sb3_mlflow_ckpt.layout import RunFolder, check_id, id_spellings
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, ParentReference
@@ -62,6 +62,7 @@ class Origin(NamedTuple):
             checkpoint=self.source,
             episode=self.metadata.episode,
             sha256=files[0].sha256 if files else None,
+            timestamp=self.metadata.timestamp,
         )
 
 
@@ -306,7 +307,10 @@ def _newest_verified(folder: RunFolder, episodes: Collection[int]) -> set[int]:
 
 def _not_mirrored(folder: RunFolder) -> set[int]:
     try:
-        tracked = "MLflow" in read_record(folder).get("mirrors", ())
-    except CheckpointError:
+        tracked = "MLflow" in (read_record(folder).get("mirrors") or ())
+    except CheckpointNotFoundError:
         return set()
+    except CheckpointError as error:
+        logger.warning("Nothing that may still have to be sent is removed: %s", error)
+        tracked = True
     return read_ledger(folder).waiting if tracked else set()
