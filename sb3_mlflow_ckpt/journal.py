@@ -40,6 +40,7 @@ from sb3_mlflow_ckpt.layout import (
 )
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, parse_metadata, timestamp_now
 from sb3_mlflow_ckpt.ownership import FolderClaim
+from sb3_mlflow_ckpt.runs.document import wrong_field
 from sb3_mlflow_ckpt.timeline import Timeline
 
 logger = logging.getLogger(__name__)
@@ -56,25 +57,8 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
 def _are_chunks(value: Any) -> bool:
     return isinstance(value, list) and all(chunk_range(name) is not None for name in value)
-
-
-# What a record may hold where the code relies on it.
-_RECORD: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("run_id", "agent_id", "status", "root_run_id"), _is_text),
-    **dict.fromkeys(("config", "progress", "parent", "overrides", "error", "mlflow", "mongo", "resume"), _is_mapping),
-    "attempt": _is_count,
-    "mirrors": _are_texts,
-}
 
 
 def read_record(folder: RunFolder) -> dict[str, Any]:
@@ -96,9 +80,9 @@ def read_record(folder: RunFolder) -> dict[str, Any]:
         raise CheckpointCorruptError(folder.record, f"the run record is not JSON ({error})") from error
     if not isinstance(record, dict):
         raise CheckpointCorruptError(folder.record, "the run record is not a JSON object")
-    for key, admits in _RECORD.items():
-        if record.get(key) is not None and not admits(record[key]):
-            raise CheckpointCorruptError(folder.record, f"the run record is not valid at {key!r}")
+    wrong = wrong_field(record)
+    if wrong is not None:
+        raise CheckpointCorruptError(folder.record, f"the run record is not valid at {wrong!r}")
     return record
 
 

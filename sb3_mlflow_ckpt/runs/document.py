@@ -19,6 +19,14 @@ SCHEMA_VERSION = 1
 
 TERMINAL_STATUSES: tuple[str, ...] = ("completed", "failed", "interrupted")
 
+# What the code relies on where it reads a record that somebody may have edited.
+_KINDS: Mapping[str, type] = {
+    **dict.fromkeys(("run_id", "agent_id", "status", "root_run_id"), str),
+    **dict.fromkeys(("config", "progress", "parent", "overrides", "error", "mlflow", "mongo", "resume"), dict),
+    "attempt": int,
+    "mirrors": list,
+}
+
 
 def plain(value: Any) -> Any:
     """Return a configuration as plain JSON that reads back as the same settings.
@@ -109,6 +117,16 @@ def new_record(
         }
     )
     return record
+
+
+def wrong_field(record: Mapping[str, Any]) -> str | None:
+    """Return the first field of a record that is of another kind than the code relies on, or None."""
+    for key, kind in _KINDS.items():
+        value = record.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            return key
+    mirrors = record.get("mirrors") or []
+    return None if all(isinstance(name, str) for name in mirrors) else "mirrors"
 
 
 def derived_status(record: Mapping[str, Any], now: datetime | None = None) -> str:
