@@ -276,7 +276,7 @@ def _events(content: bytes) -> None:
 
 
 def _metrics(content: bytes) -> None:
-    from sb3_mlflow_ckpt.journal import _curve_end
+    from sb3_mlflow_ckpt.journal import RunJournal
     from sb3_mlflow_ckpt.mirrors import naming
     from sb3_mlflow_ckpt.runs.folder import read_curve
 
@@ -286,7 +286,9 @@ def _metrics(content: bytes) -> None:
         for point in read_curve(folder):
             json.dumps(point, allow_nan=False)
             naming.metrics(point)
-        _curve_end(folder.metrics)
+    folder.events.unlink(missing_ok=True)
+    with _ours():
+        RunJournal(folder).close()
 
 
 def _yaml(content: bytes) -> None:
