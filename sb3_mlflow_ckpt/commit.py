@@ -199,6 +199,8 @@ def _check_readable(metadata: CheckpointMetadata) -> None:
     if len(content) > atomic.LARGEST_DOCUMENT // 4:
         raise ValueError(f"config and extra_state have {len(content)} bytes as JSON")
     strict_json.loads(content)
+    # The metadata's own writer makes None of what JSON lacks.
+    atomic.dump_json(metadata.extra_state)
 
 
 def remove_checkpoint(folder: RunFolder, episode: int) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 
 from sb3_mlflow_ckpt.errors import CheckpointError, ConfigError, MirrorUnavailableError
 from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.printable import printable
 
 OURS = (CheckpointError, ConfigError, MirrorUnavailableError)
 RUN = "0123456789abcdef0123456789abcdef"
@@ -147,7 +148,7 @@ _kept: list[Any] = []
 
 
 def _printable(error: BaseException) -> None:
-    if isinstance(error, CheckpointError) and not str(error).isprintable():
+    if isinstance(error, CheckpointError) and printable(str(error)) != str(error):
         raise Violation(f"an error steers the terminal: {str(error)!r}")
 
 
@@ -248,7 +249,7 @@ def _record(content: bytes) -> None:
         done = CliRunner().invoke(main, ["runs", *words, "--checkpoint-dir", str(folder.checkpoint_dir)])
         if done.exception is not None and not isinstance(done.exception, SystemExit):
             raise done.exception
-        if not all(line.isprintable() for line in done.output.split("\n")):
+        if printable(done.output, keep="\n") != done.output:
             raise Violation(f"output steers the terminal: {done.output!r}")
 
 
@@ -469,7 +470,7 @@ def _id(content: bytes) -> None:
     base = scratch() / "ids"
     with _ours():
         folder = RunFolder(base, text, text)
-        if folder.path.resolve() != (base.resolve() / text / text) or not text.isprintable():
+        if folder.path.resolve() != (base.resolve() / text / text) or printable(text) != text:
             raise Violation(f"an id that is no name: {text!r}")
     with _ours():
         if chunk_path(base, text).parent != base / "replay":

@@ -89,11 +89,7 @@ def test_one_secret_in_every_place_comes_out_in_none(
         ["-c", "user.name=me", "-c", "user.email=me@example.org", "commit", "-q", "--allow-empty", "-m", "x"],
     ):
         subprocess.run(["git", *words], cwd=tmp_path, check=True)
-    variables = {
-        name: SECRET
-        for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "AWS_ACCESS_KEY_ID",
-                     "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY")
-    }  # fmt: skip
+    variables = dict.fromkeys(("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY"), SECRET)  # fmt: skip
     process = start_trainer(
         "--config", "train.yaml", "--env-kwargs", f"token={SECRET} with a space",
         "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db", "--mongo-uri", mongo.uri, "--mongo-db", "credentials", "--total-timesteps", 320,
