@@ -18,13 +18,14 @@ from processes import script
 from stable_baselines3 import PPO
 from targets import TARGETS, TOKENS, watched
 
-from sb3_mlflow_ckpt import atomic, load_checkpoint, save_checkpoint, strict_json, verify_checkpoint
+from sb3_mlflow_ckpt import atomic, load_checkpoint, save_checkpoint, strict_json, tree, verify_checkpoint
 from sb3_mlflow_ckpt.cli.settings import file_layer, flag_layer
 from sb3_mlflow_ckpt.config import Layer, TrainingConfig, build_config
 from sb3_mlflow_ckpt.errors import CheckpointLoadError, CheckpointSaveError, ConfigError, InvalidIdError
 from sb3_mlflow_ckpt.journal import CheckpointLedger
 from sb3_mlflow_ckpt.layout import LARGEST_EPISODE, check_id
 from sb3_mlflow_ckpt.resume import resolve_checkpoint
+from sb3_mlflow_ckpt.spaces import decode_space
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 SCALARS = (
@@ -260,3 +261,28 @@ def test_a_zip_whose_members_lie(model: PPO, tmp_path: Path, damage: str) -> Non
         with pytest.raises(CheckpointLoadError):
             read(bad)
     assert sorted(tmp_path.iterdir()) == [tmp_path / "a", bad]
+
+
+@pytest.mark.parametrize("name", ["f4,(", "(2,)f4", "<f4, <f4", "f4;import os", "{}", "O", "V8", "<U9999999999", "", 5, None], ids=range(11))  # fmt: skip
+def test_a_type_of_numbers_that_is_none_is_a_value_error_everywhere(name: Any) -> None:
+    """numpy reads the text of a type as source, and raises a SyntaxError; the fuzzer found it in a replay chunk."""
+    for document in ({"$": "array", "dtype": name, "shape": [1], "at": 0},):
+        with pytest.raises(ValueError, match="state holds an array"):
+            tree.decode(document, bytes(64))
+    with pytest.raises(ValueError, match=r"spaces|type of numbers"):
+        decode_space({"kind": "Box", "low": 0, "high": 1, "shape": [1], "dtype": name})
+    content = json.dumps({"format": 1, "start": 0, "plain": {"$": "array", "dtype": name, "shape": [1], "at": 0}}).encode()
+    _read("chunk", len(content).to_bytes(8, "little") + content + bytes(64))
+
+
+def test_a_deflated_member_that_is_garbage_is_corrupt(tmp_path: Path) -> None:
+    """zlib raises an error of its own, which is neither zipfile's nor a builtin; the fuzzer found it."""
+    path = tmp_path / "bad.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("policy.pth", bytes(range(256)) * 40)
+    content = path.read_bytes()
+    at = content.find(b"policy.pth") + len("policy.pth")
+    path.write_bytes(content[:at] + b"\x00" * 40 + content[at + 40 :])
+    for read in (verify_checkpoint, lambda p: load_checkpoint(p, algo="ppo")):
+        with pytest.raises(CheckpointLoadError, match=r"damaged|cannot be read"):
+            read(path)
