@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sb3_mlflow_ckpt.commit import CheckpointCapture, commit_checkpoint, remove_checkpoint, save_error
-from sb3_mlflow_ckpt.errors import RunFolderTakenError, RunTakenOverError, describe
+from sb3_mlflow_ckpt.errors import CheckpointError, RunFolderTakenError, RunTakenOverError, describe
 from sb3_mlflow_ckpt.journal import RunJournal, committed_episodes, sweep_dead_writers
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, timestamp_now
@@ -26,6 +27,8 @@ from sb3_mlflow_ckpt.writer import BackgroundWriter
 
 logger = logging.getLogger(__name__)
 
+# An hour of a disk that takes nothing.
+_MOST_UNWRITTEN_POINTS = 3600
 _SYNC_SECONDS_AFTER_SIGNAL = 10.0
 
 
@@ -60,6 +63,7 @@ class LiveRun:
     Raises:
         RunFolderBusyError: The folder is in use.
         RunFolderTakenError: The folder holds checkpoints of another training.
+        CheckpointSaveError: The disk refuses the folder or the record.
     """
 
     def __init__(
@@ -77,18 +81,13 @@ class LiveRun:
         self._options = options
         self._gave_up: set[int] = set()
         self._taken_over = False
+        self._points: deque[Mapping[str, Any]] = deque(maxlen=_MOST_UNWRITTEN_POINTS)
         self._mirrored = any(mirror.stores_checkpoints for mirror in mirrors)
         self._progress: dict[str, Any] = dict(record["progress"])
         self._last_step_at: str | None = None
-        self._journal = RunJournal(folder)
-        if fresh and committed_episodes(folder):
-            self._journal.close()
-            raise RunFolderTakenError(folder.path)
-        # Before any thread of this run writes: what lies about half-written is a dead writer's.
-        sweep_dead_writers(folder)
+        self._journal = _start(folder, {**record, "mirrors": [mirror.name for mirror in mirrors]}, fresh=fresh)
         self._chunks = ChunkSweeper(folder)
         self._chunks.sweep()
-        self._journal.start({**record, "mirrors": [mirror.name for mirror in mirrors]})
         self._writer = BackgroundWriter()
         self._replicators = [Replicator(mirror, self._journal) for mirror in mirrors]
         for replicator in self._replicators:
@@ -126,9 +125,12 @@ class LiveRun:
             self._journal.update(resume=dict(report))
 
     def add_metrics(self, point: Mapping[str, Any]) -> None:
-        """Append a point of the learning curve; a disk that refuses it does not stop training."""
-        with self._tolerating("A point of the learning curve was not written"):
-            self._journal.add_metrics(point)
+        """Append a point of the learning curve; one that the disk refuses is written with the next."""
+        self._points.append(point)
+        with self._tolerating("A point of the learning curve is not written yet"):
+            while self._points:
+                self._journal.add_metrics(self._points[0])
+                self._points.popleft()
 
     def finish(
         self, status: str, error: BaseException | None = None, hurry: Callable[[], bool] = lambda: False
@@ -253,3 +255,23 @@ class LiveRun:
             "progress": dict(self._progress),
             "last_step_at": self._last_step_at,
         }
+
+
+def _start(folder: RunFolder, record: Mapping[str, Any], *, fresh: bool) -> RunJournal:
+    """Take a run folder and write the record of a run that starts in it."""
+    try:
+        journal = RunJournal(folder)
+        try:
+            if fresh and committed_episodes(folder):
+                raise RunFolderTakenError(folder.path)
+            # Before any thread of this run writes: what lies about half-written is a dead writer's.
+            sweep_dead_writers(folder)
+            journal.start(record)
+        except BaseException:
+            journal.close()
+            raise
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise save_error(folder.path, error) from error
+    return journal
