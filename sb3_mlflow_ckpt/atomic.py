@@ -1,20 +1,32 @@
 """Owns durable bytes: temporary, fsync, rename, fsync of the folder; appended lines; hashes.
 
-A reader sees either the old file or the new one, and what it sees survives a power cut.
+A reader sees either the old file or the new one, and what it sees survives a power cut. The files of a run folder
+are opened as what they are: a symbolic link, a pipe or a device in the place of one is refused, never followed.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sb3_mlflow_ckpt import strict_json
+from sb3_mlflow_ckpt.errors import ForeignFileError
 from sb3_mlflow_ckpt.layout import TEMPORARY_PREFIX
+
+LARGEST_DOCUMENT = 16 * 2**20
+"""Bytes of the largest JSON document or line that is read."""
+
+_NOT_FOLLOWED = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+# Opening a pipe that nobody writes to would wait for ever.
+_NOT_WAITED_FOR = getattr(os, "O_NONBLOCK", 0)
 
 
 def temporary_sibling(path: Path) -> Path:
@@ -65,8 +77,73 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def dump_json(value: Any, *, indent: int | None = 2) -> bytes:
-    """Return strict JSON (no NaN, no infinities) as UTF-8 with a final newline."""
-    return (json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8")
+    """Return strict JSON (no NaN, no infinities) as UTF-8 with a final newline.
+
+    A character that UTF-8 lacks (half of a surrogate pair, which stands for a byte of a file's name that is no
+    text) is written as JSON's own escape.
+    """
+    text = json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)
+    return (text + "\n").encode("utf-8", "backslashreplace")
+
+
+@contextmanager
+def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[BinaryIO]:
+    """Open a file of a run folder, unbuffered where it is written to.
+
+    Args:
+        path: The file.
+        flags: As `os.open` takes them.
+
+    Raises:
+        ForeignFileError: A link, a folder, a pipe or a device lies there.
+        OSError: It cannot be opened.
+    """
+    if path.is_symlink():
+        raise ForeignFileError(path)
+    descriptor = os.open(path, flags | _NOT_FOLLOWED | _NOT_WAITED_FOR, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ForeignFileError(path)
+        writes = flags & (os.O_WRONLY | os.O_RDWR)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    with open(descriptor, "rb+" if writes else "rb", buffering=0 if writes else -1) as file:
+        yield file
+
+
+def is_own_file(path: Path) -> bool:
+    """Tell whether a regular file lies at a path: not a link to one, and nothing else."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def own_folder(path: Path) -> Path:
+    """Return a folder within a run folder, made if it is missing.
+
+    Raises:
+        ForeignFileError: A link lies there: what is written to it would be written elsewhere.
+    """
+    if path.is_symlink():
+        raise ForeignFileError(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def read_bytes(path: Path, limit: int = LARGEST_DOCUMENT) -> bytes:
+    """Return the content of a file of a run folder.
+
+    Raises:
+        ForeignFileError: Something else lies there.
+        OSError: It cannot be read, or is larger than `limit`.
+    """
+    with opened(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"is larger than {limit} bytes", str(path))
+    return content
 
 
 def append_line(path: Path, value: Any, *, durable: bool = True) -> None:
@@ -79,45 +156,65 @@ def append_line(path: Path, value: Any, *, durable: bool = True) -> None:
         value: Anything that strict JSON can hold.
         durable: Whether the line must survive a power cut (a checkpoint's event) or only a crash of the
             process (a point of the learning curve).
+
+    Raises:
+        ForeignFileError: Something else lies there.
+        OSError: It cannot be written.
     """
     line = dump_json(value, indent=None)
-    with open(path, "ab+") as file:
-        if file.tell() > 0:
+    with opened(path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as file:
+        if file.seek(0, os.SEEK_END) > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 line = b"\n" + line
-        file.write(line)
-        file.flush()
+        rest = memoryview(line)
+        while rest:
+            rest = rest[file.write(rest) :]
         if durable:
             os.fsync(file.fileno())
 
 
 def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Read the complete JSON lines from a byte offset on; torn and foreign lines are passed over.
+    """Read the complete JSON lines from a byte offset on; torn, foreign and endless lines are passed over.
 
     A file that is shorter than that is another one than before, and is read from its beginning.
 
     Returns:
         The documents and the offset behind the last complete line.
+
+    Raises:
+        ForeignFileError: Something else lies there.
+        OSError: It cannot be read.
     """
+    rows: list[dict[str, Any]] = []
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             if offset > os.fstat(file.fileno()).st_size:
                 offset = 0
             file.seek(offset)
-            content = file.read()
+            for line, end in _complete_lines(file, offset):
+                offset = end
+                try:
+                    row = strict_json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(row, dict):
+                    rows.append(row)
     except FileNotFoundError:
         return [], offset
-    end = content.rfind(b"\n") + 1
-    rows = []
-    for line in content[:end].splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows, offset + end
+    return rows, offset
+
+
+def _complete_lines(file: BinaryIO, offset: int) -> Iterator[tuple[bytes, int]]:
+    """Yield each line that has an end, and the offset behind it; one beyond all bounds as an empty line."""
+    whole = True
+    while piece := file.readline(LARGEST_DOCUMENT):
+        offset += len(piece)
+        if piece.endswith(b"\n"):
+            yield (piece if whole else b""), offset
+            whole = True
+        else:
+            whole = False
 
 
 def sha256(path: Path) -> str:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sb3_mlflow_ckpt.commit import capture_checkpoint, commit_checkpoint, remove_checkpoint
-from sb3_mlflow_ckpt.errors import CheckpointError, InvalidIdError
+from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointNotFoundError, InvalidIdError
 from sb3_mlflow_ckpt.journal import committed_episodes, read_record
 from sb3_mlflow_ckpt.layout import RunFolder, check_id, id_spellings
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, ParentReference
 from sb3_mlflow_ckpt.policies import KeepLastN
 from sb3_mlflow_ckpt.replay_sweep import sweep_chunks
-from sb3_mlflow_ckpt.runs.folder import read_ledger
+from sb3_mlflow_ckpt.runs.folder import read_ledger, subfolders
 from sb3_mlflow_ckpt.verification import read_metadata, verify_checkpoint
 
 if TYPE_CHECKING:
@@ -126,8 +125,8 @@ def run_folders(
         if value is not None:
             check_id(value, what)
     wanted = None if run_id is None else id_spellings(run_id)
-    for agent in sorted(_folders(root)) if agent_id is None else [agent_id]:
-        for run in sorted(_folders(root / agent)) if wanted is None else wanted:
+    for agent in subfolders(root) if agent_id is None else [agent_id]:
+        for run in subfolders(root / agent) if wanted is None else wanted:
             try:
                 folder = RunFolder(root, agent, run)
             except InvalidIdError:
@@ -150,7 +149,7 @@ def list_checkpoints(
         InvalidIdError: An id could leave the folder.
     """
     folders = run_folders(checkpoint_dir, run_id, agent_id)
-    return [folder.model(episode) for folder in folders for episode in committed_episodes(folder)]
+    return [folder.model(episode) for folder in folders for episode in _episodes(folder)]
 
 
 def latest_checkpoint(
@@ -268,16 +267,31 @@ def prune_checkpoints(
     """
     removed: list[Path] = []
     for folder in run_folders(checkpoint_dir, run_id, agent_id):
-        episodes = committed_episodes(folder)
-        protected = _newest_verified(folder, episodes) | _not_mirrored(folder)
-        ordered = [episode for episode in read_ledger(folder).saved if episode in episodes]
-        for episode in KeepLastN(keep_last_n).removable(ordered, protected):
-            if not dry_run:
-                remove_checkpoint(folder, episode)
-            removed.append(folder.model(episode))
-        if not dry_run:
-            sweep_chunks(folder)
+        try:
+            removed += _prune(folder, KeepLastN(keep_last_n), dry_run=dry_run)
+        except (CheckpointError, OSError) as error:
+            logger.warning("%s is left as it is: %s", folder.path, error)
     return removed
+
+
+def _prune(folder: RunFolder, retention: KeepLastN, *, dry_run: bool) -> Iterator[Path]:
+    episodes = committed_episodes(folder)
+    protected = _newest_verified(folder, episodes) | _not_mirrored(folder)
+    ordered = [episode for episode in read_ledger(folder).saved if episode in episodes]
+    for episode in retention.removable(ordered, protected):
+        if not dry_run:
+            remove_checkpoint(folder, episode)
+        yield folder.model(episode)
+    if not dry_run:
+        sweep_chunks(folder)
+
+
+def _episodes(folder: RunFolder) -> list[int]:
+    try:
+        return committed_episodes(folder)
+    except OSError as error:
+        logger.warning("A run is passed over: %s", error)
+        return []
 
 
 def _newest_verified(folder: RunFolder, episodes: Collection[int]) -> set[int]:
@@ -293,15 +307,10 @@ def _newest_verified(folder: RunFolder, episodes: Collection[int]) -> set[int]:
 
 def _not_mirrored(folder: RunFolder) -> set[int]:
     try:
-        tracked = "MLflow" in read_record(folder).get("mirrors", ())
-    except CheckpointError:
+        tracked = "MLflow" in (read_record(folder).get("mirrors") or ())
+    except CheckpointNotFoundError:
         return set()
+    except CheckpointError as error:
+        logger.warning("Nothing that may still have to be sent is removed: %s", error)
+        tracked = True
     return read_ledger(folder).waiting if tracked else set()
-
-
-def _folders(parent: Path) -> list[str]:
-    try:
-        with os.scandir(parent) as entries:
-            return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    except (FileNotFoundError, NotADirectoryError):
-        return []

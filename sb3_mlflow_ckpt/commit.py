@@ -14,10 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sb3_mlflow_ckpt import atomic
+from sb3_mlflow_ckpt import atomic, strict_json
 from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointSaveError
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, FileEntry, ParentReference, timestamp_now
+from sb3_mlflow_ckpt.redaction import redact_all
 from sb3_mlflow_ckpt.runs.document import finite
 from sb3_mlflow_ckpt.verification import read_metadata
 
@@ -88,7 +89,7 @@ def capture_checkpoint(
     metadata = CheckpointMetadata(
         episode=episode,
         run_id=run_id,
-        config=dict(config or {}),
+        config=redact_all(dict(config or {})),
         timestamp=timestamp_now(),
         extra_state=dict(extra_state or {}),
         agent_id=agent_id,
@@ -160,6 +161,7 @@ def _commit(folder: RunFolder, capture: CheckpointCapture) -> CheckpointMetadata
     path, metadata_file = folder.model(episode), folder.metadata(episode)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
+        _check_readable(capture.metadata)
         model, chunks = capture.model, []
         if capture.replay is not None:
             chunks = capture.replay.write(folder)
@@ -188,6 +190,17 @@ def save_error(path: Path, error: OSError) -> CheckpointSaveError:
     if isinstance(error, CheckpointSaveError):
         return error
     return CheckpointSaveError(path, error, _DISK_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else _UNUSABLE)
+
+
+def _check_readable(metadata: CheckpointMetadata) -> None:
+    """Raise a ValueError for what can be written, and is refused when it is read: the checkpoint would be lost."""
+    # Within the zip, and while an episode is replaced, the document stands one level deeper.
+    content = atomic.dump_json({"metadata": metadata.to_json()})
+    if len(content) > atomic.LARGEST_DOCUMENT // 4:
+        raise ValueError(f"config and extra_state have {len(content)} bytes as JSON")
+    strict_json.loads(content)
+    # The metadata's own writer makes None of what JSON lacks.
+    atomic.dump_json(metadata.extra_state)
 
 
 def remove_checkpoint(folder: RunFolder, episode: int) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -18,15 +20,18 @@ from pydantic_core import ErrorDetails
 
 from sb3_mlflow_ckpt.errors import ConfigError, InvalidIdError
 from sb3_mlflow_ckpt.layout import check_id
-from sb3_mlflow_ckpt.runs.document import plain, redact
+from sb3_mlflow_ckpt.redaction import hidden_in, redact, redact_all
+from sb3_mlflow_ckpt.runs.document import plain
 
 ENVIRONMENT_PREFIX = "SB3_MLFLOW_CKPT_"
 INHERIT = "inherit"
 """The flag value that stands for "not given": MLproject must pass every parameter, given or not."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+LARGEST_WHOLE = 2.0**63
 _NOT_FINITE = re.compile(r"[+-]?\.?(inf|infinity|nan)", re.IGNORECASE)
 _SCHEDULE = re.compile(r"lin_(?P<start>(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
+_LONGEST_SHOWN = 400
 _OWN_SETTINGS = frozenset({"env", "policy", "learning_rate", "seed", "device"})
 # What belongs to a machine or to one launch: a resumed run takes these anew, not from the checkpoint.
 _PER_LAUNCH: dict[str, Any] = {"per_launch": True}
@@ -36,7 +41,9 @@ def _number(value: Any) -> Any:
     """Turn a text such as `1e6` into a number: YAML 1.1 reads `3e-4` as a text, and flags are texts."""
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         number = float(value)
-        return int(number) if number.is_integer() and not set(value) & {".", "-"} else number
+        # Beyond 2**53 not every integer is a float, nor is such a number a count.
+        whole = number.is_integer() and abs(number) <= LARGEST_WHOLE and not set(value) & {".", "-"}
+        return int(number) if whole else number
     return value
 
 
@@ -53,7 +60,7 @@ def _schedule(value: Any) -> Any:
         raise ValueError("is not a number")
     if isinstance(value, str) and not _SCHEDULE.fullmatch(value):
         raise ValueError("is neither a number nor a schedule such as lin_3e-4")
-    if isinstance(value, (int, float)) and not 0 <= value < float("inf"):
+    if isinstance(value, (int, float)) and not 0 <= value <= sys.float_info.max:
         raise ValueError("must be a finite number, 0 or greater")
     return float(value) if isinstance(value, int) else value
 
@@ -242,21 +249,38 @@ class TrainingConfig(BaseModel):
         """
         own = {key: getattr(self, key) for key in self.model_fields_set}
         inherited = {key: parent[key] for key in inheritable_fields() if parent.get(key) is not None}
+        for name in hidden_settings(inherited, own):
+            raise ConfigError(
+                name,
+                "looked like a credential and was not recorded",
+                "the checkpoint's config",
+                f"Give it again: {_flag(name)}",
+            )
         return build_config([Layer("the settings given", own), Layer("the checkpoint's config", inherited)])
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as a record stores it: plain JSON, without credentials."""
-        document: dict[str, Any] = plain(self.model_dump())
+        document: dict[str, Any] = redact_all(plain(self.model_dump()))
         document["agent_id"] = self.agent
-        for key in ("tracking_uri", "mongo_uri"):
-            if document[key]:
-                document[key] = redact(document[key])
         return document
 
 
 def inheritable_fields() -> list[str]:
     """Return the names of the settings that a resumed run takes from its checkpoint."""
     return [name for name, info in TrainingConfig.model_fields.items() if info.json_schema_extra is not _PER_LAUNCH]
+
+
+def hidden_settings(config: Mapping[str, Any], own: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
+    """Return the settings of a recorded configuration that lack a credential, as far as `own` does not give them."""
+    names = []
+    for name, value in config.items():
+        given = own.get(name)
+        if isinstance(value, Mapping):
+            keys = given if isinstance(given, Mapping) else ()
+            names += [f"{name}.{key}" for key, item in value.items() if key not in keys and hidden_in(item)]
+        elif given is None and hidden_in(value):
+            names.append(name)
+    return names
 
 
 @dataclass(frozen=True)
@@ -335,6 +359,11 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str
     return {key: {"from": old.get(key), "to": new.get(key)} for key in changed}
 
 
+def _flag(name: str) -> str:
+    setting, _, key = name.partition(".")
+    return f"--{setting.replace('_', '-')}" + (f" {key}=..." if key else " ...")
+
+
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in mapping.items():
         if isinstance(value, Mapping):
@@ -350,17 +379,25 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_key(key: Any, layer: Layer) -> None:
     if key not in TrainingConfig.model_fields:
-        hint = nearest(str(key), list(TrainingConfig.model_fields))
+        hint = nearest(key[:80], list(TrainingConfig.model_fields)) if isinstance(key, str) else ""
         hint = hint or "Settings of the algorithm's own constructor go under 'hyperparameters:'"
         # A key with a line break in it must not break the one line of the error.
-        shown = str(key) if str(key).isprintable() else repr(key)
-        raise ConfigError(shown, "is not a setting", layer.label(str(key)), hint)
+        shown = _shown(key) if not isinstance(key, str) else key if key.isprintable() else repr(key)
+        raise ConfigError(shown[:_LONGEST_SHOWN], "is not a setting", layer.label(key), hint)
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = redact(repr(value))
+    except (ValueError, RecursionError):
+        return f"a value of the type {type(value).__name__}"  # An integer of more digits than Python writes out.
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _config_error(detail: ErrorDetails, merged: Mapping[str, Any], sources: Mapping[str, str]) -> ConfigError:
     key = str(detail["loc"][0]) if detail["loc"] else "config"
     value = merged.get(key)
-    shown = redact(repr(value))
+    shown = _shown(value)
     source = sources.get(key, "")
     if detail["type"] == "literal_error":
         allowed = re.findall(r"'([^']*)'", str(detail["ctx"]["expected"]))

@@ -87,6 +87,23 @@ class CheckpointSaveError(CheckpointError, OSError):
         super().__init__(message + (f". {hint}" if hint else ""))
 
 
+class ForeignFileError(CheckpointError, OSError):
+    """Something else lies where a file of a run folder belongs: a link, a folder, a pipe, a device.
+
+    Args:
+        path: Where.
+    """
+
+    def __init__(self, path: object) -> None:
+        self.path = str(path)
+        super().__init__(
+            printable(
+                f"{path} is not a file of its own (a link, a folder, a pipe or a device lies there), and is not "
+                "followed. Put the file itself there, or remove it"
+            )
+        )
+
+
 class RunTakenOverError(CheckpointSaveError):
     """Another process writes to the run folder now: this one must not any more."""
 

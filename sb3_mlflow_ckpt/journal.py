@@ -11,7 +11,6 @@ start where a crash came between (`reconcile`).
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -21,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sb3_mlflow_ckpt import atomic
+from sb3_mlflow_ckpt import atomic, strict_json
 from sb3_mlflow_ckpt.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -29,9 +28,19 @@ from sb3_mlflow_ckpt.errors import (
     RunFolderBusyError,
     RunTakenOverError,
 )
-from sb3_mlflow_ckpt.layout import LOCK_NAME, REPLAY_FOLDER, TEMPORARY_PREFIX, RunFolder, entry_chunk, metadata_episode
+from sb3_mlflow_ckpt.layout import (
+    LARGEST_EPISODE,
+    LOCK_NAME,
+    REPLAY_FOLDER,
+    TEMPORARY_PREFIX,
+    RunFolder,
+    chunk_range,
+    entry_chunk,
+    metadata_episode,
+)
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, parse_metadata, timestamp_now
 from sb3_mlflow_ckpt.ownership import FolderClaim
+from sb3_mlflow_ckpt.runs.document import wrong_field
 from sb3_mlflow_ckpt.timeline import Timeline
 
 logger = logging.getLogger(__name__)
@@ -40,21 +49,40 @@ logger = logging.getLogger(__name__)
 _TAIL_BYTES = 1 << 16
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_EPISODE
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_chunks(value: Any) -> bool:
+    return isinstance(value, list) and all(chunk_range(name) is not None for name in value)
+
+
 def read_record(folder: RunFolder) -> dict[str, Any]:
     """Return what `run.json` holds.
 
     Raises:
         CheckpointNotFoundError: There is none.
-        CheckpointCorruptError: It is not a JSON object.
+        CheckpointCorruptError: It cannot be read, or is not a JSON object.
     """
     try:
-        record = json.loads(folder.record.read_bytes())
+        record = strict_json.loads(atomic.read_bytes(folder.record))
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(folder.record, "The folder holds no run record") from error
-    except (ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointCorruptError(
+            folder.record, f"the run record cannot be read ({error.strerror or error})"
+        ) from error
+    except ValueError as error:
         raise CheckpointCorruptError(folder.record, f"the run record is not JSON ({error})") from error
     if not isinstance(record, dict):
         raise CheckpointCorruptError(folder.record, "the run record is not a JSON object")
+    wrong = wrong_field(record)
+    if wrong is not None:
+        raise CheckpointCorruptError(folder.record, f"the run record is not valid at {wrong!r}")
     return record
 
 
@@ -85,6 +113,20 @@ def saved_facts(metadata: CheckpointMetadata) -> dict[str, Any]:
     }
 
 
+# What a line must hold, and what it may hold; a line with anything else in one of these was not written by us.
+_NEEDED: dict[str, Callable[[Any], bool]] = {"episode": _is_count, "event": _is_text}
+_ADMITTED: dict[str, Callable[[Any], bool]] = {
+    "num_timesteps": _is_count,
+    "bytes": _is_count,
+    "timestamp": _is_text,
+    "sha256": _is_text,
+    "trigger": _is_text,
+    "uri": _is_text,
+    "mean_reward": lambda value: type(value) in (int, float),
+    "replay": _are_chunks,
+}
+
+
 class CheckpointLedger:
     """The state of a run's checkpoints as its `checkpoints.jsonl` tells it.
 
@@ -111,8 +153,11 @@ class CheckpointLedger:
     def apply(self, event: Mapping[str, Any]) -> int | None:
         """Take one line in; return its episode, or None for a line that is not understood."""
         episode, kind = event.get("episode"), event.get("event")
-        if not isinstance(episode, int):
+        if not all(key in event and admits(event[key]) for key, admits in _NEEDED.items()):
             return None
+        if not all(admits(event[key]) for key, admits in _ADMITTED.items() if event.get(key) is not None):
+            return None  # What is on disk corrects it (`reconcile`).
+        assert isinstance(episode, int)
         if kind == "saved":
             self.saved.pop(episode, None)
             self.saved[episode] = {key: value for key, value in event.items() if key != "event"}
@@ -120,7 +165,7 @@ class CheckpointLedger:
             # A checkpoint that was saved again is new content: what the mirror has is the old one.
             self.uris.pop(episode, None)
             self.retired.discard(episode)
-        elif kind == "mirrored":
+        elif kind == "mirrored" and event.get("uri"):
             if event.get("sha256") != self.saved.get(episode, {}).get("sha256"):
                 return None  # While it was sent, the episode was saved again: what the mirror has is the old one.
             self.uris.pop(episode, None)
@@ -334,7 +379,7 @@ class RunJournal:
                 continue
             path = self.folder.metadata(episode)
             try:
-                self.add_saved(parse_metadata(path.read_bytes(), path))
+                self.add_saved(parse_metadata(atomic.read_bytes(path), path))
             except (OSError, CheckpointError) as error:
                 logger.warning("A checkpoint is passed over: %s", error)
         for episode in sorted(set(self.ledger.saved) - on_disk - self.ledger.pruned):

@@ -10,6 +10,7 @@ import unicodedata
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sb3_mlflow_ckpt.errors import InvalidIdError
 
@@ -24,12 +25,18 @@ REPLAY_FOLDER = "replay"
 ARTIFACT_FOLDER = "checkpoints"
 """Where MLflow runs hold checkpoints among their artifacts."""
 
-_MODEL_NAME = re.compile(r"ep(\d{6,18})\.zip")
-_METADATA_NAME = re.compile(r"ep(\d{6,18})_metadata\.json")
+LARGEST_EPISODE = 10**18 - 1
+"""The greatest number that a file's name, and every reader of JSON, can hold."""
+
+_MODEL_NAME = re.compile(r"ep(\d{6,18})\.zip", re.ASCII)
+_METADATA_NAME = re.compile(r"ep(\d{6,18})_metadata\.json", re.ASCII)
 _CHUNK_NAME = re.compile(r"(\d{12,18})-(\d{12,18})-[0-9a-f]{8}\.zst", re.ASCII)
 _FORBIDDEN = frozenset('/\\:*?"<>|')
 # Names that Windows keeps for devices: a folder of a shared drive must be readable there too.
-_RESERVED = frozenset({"con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10))})
+_PORTS = "123456789\u00b9\u00b2\u00b3"
+_RESERVED = frozenset({"con", "prn", "aux", "nul", *(f"{kind}{n}" for kind in ("com", "lpt") for n in _PORTS)})
+# Control and format characters, surrogates, what is not assigned, and what ends a line.
+_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
 def check_id(value: str, what: str) -> str:
@@ -41,23 +48,33 @@ def check_id(value: str, what: str) -> str:
     problem = _id_problem(value)
     if problem:
         raise InvalidIdError(
-            f"{what} {value!r} {problem}. Use letters, digits, '-', '_' or '.', for example 'ppo_agent'"
+            f"{what} {_shown(value)} {problem}. Use letters, digits, '-', '_' or '.', for example 'ppo_agent'"
         )
     return value
 
 
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # An integer of more digits than Python writes out.
+        text = f"of the type {type(value).__name__}"
+    return text if len(text) <= 250 else f"{text[:250]}..."
+
+
 def _id_problem(value: str) -> str | None:
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str):
+        return "is not a text"
+    if not value:
         return "is empty"
     if len(value.encode("utf-8", "surrogatepass")) > 200:
         return "is longer than 200 bytes"
     if any(character in _FORBIDDEN for character in value):
         return "holds a character that separates or is reserved in paths"
-    if any(unicodedata.category(character).startswith("C") for character in value):
+    if any(unicodedata.category(character) in _UNSEEN for character in value):
         return "holds a control character"
-    if value[0] in ".- " or value[-1] in ". ":
+    if value[0] in ".-" or value[-1] == "." or value != value.strip():
         return "begins or ends with a character that paths or shells treat specially"
-    if value.split(".")[0].lower() in _RESERVED:
+    if value.split(".")[0].strip().lower() in _RESERVED:
         return "is a reserved device name"
     return None
 

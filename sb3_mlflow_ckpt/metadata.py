@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from sb3_mlflow_ckpt import strict_json
 from sb3_mlflow_ckpt.errors import CheckpointCorruptError, IncompatibleCheckpointError, InvalidIdError
-from sb3_mlflow_ckpt.layout import check_id
+from sb3_mlflow_ckpt.layout import LARGEST_EPISODE, check_id
 
 FORMAT_VERSION = 1
 
@@ -25,7 +25,7 @@ class FileEntry(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     name: str
-    bytes: int = Field(ge=0)
+    bytes: int = Field(ge=0, le=LARGEST_EPISODE)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -36,7 +36,7 @@ class ParentReference(BaseModel):
 
     run_id: str
     checkpoint: str
-    episode: int = Field(ge=0)
+    episode: int = Field(ge=0, le=LARGEST_EPISODE)
     sha256: str | None = None
     timestamp: str | None = None
 
@@ -49,7 +49,9 @@ class CheckpointMetadata(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    episode: int = Field(ge=0, description="Finished episodes of the whole training, over all environments")
+    episode: int = Field(
+        ge=0, le=LARGEST_EPISODE, description="Finished episodes of the whole training, over all environments"
+    )
     run_id: str = Field(description="The run that saved it")
     config: dict[str, Any] = Field(description="The run's training configuration")
     timestamp: str = Field(description="When it was captured; RFC 3339, UTC")
@@ -58,14 +60,15 @@ class CheckpointMetadata(BaseModel):
     format_version: int = Field(default=FORMAT_VERSION, ge=1, description="Version of this schema")
     agent_id: str = Field(description="The agent, as in the folder's name")
     algo: str = Field(description="Name of the algorithm, or `module:Class`")
-    num_timesteps: int = Field(ge=0, description="Environment steps of the whole training")
+    num_timesteps: int = Field(ge=0, le=LARGEST_EPISODE, description="Environment steps of the whole training")
     finished_episodes: int = Field(
         default=-1,
         ge=-1,
+        le=LARGEST_EPISODE,
         validate_default=True,
         description="Finished episodes at the save: `episode` or more, where several environments ended in one step",
     )
-    n_updates: int = Field(default=0, ge=0, description="Gradient updates of the whole training")
+    n_updates: int = Field(default=0, ge=0, le=LARGEST_EPISODE, description="Gradient updates of the whole training")
     trigger: str = Field(default="interval", description="Why it was saved: interval, end, signal, exception, manual")
     files: list[FileEntry] = Field(default_factory=list, description="Name, bytes and SHA-256 of each file")
     versions: dict[str, str] = Field(default_factory=dict, description="Versions of what made it")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from filelock import FileLock, Timeout
 
-from sb3_mlflow_ckpt.errors import RunFolderBusyError
+from sb3_mlflow_ckpt.atomic import is_own_file
+from sb3_mlflow_ckpt.errors import ForeignFileError, RunFolderBusyError
 from sb3_mlflow_ckpt.layout import RunFolder
 
 
@@ -16,11 +17,14 @@ class FolderClaim:
 
     Raises:
         RunFolderBusyError: A live process holds the folder.
+        ForeignFileError: Something else lies where its lock belongs.
     """
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         folder.path.mkdir(parents=True, exist_ok=True)
+        if folder.lock.is_symlink() or (folder.lock.exists() and not is_own_file(folder.lock)):
+            raise ForeignFileError(folder.lock)
         # A lock of this process's threads alike: the file stays, since removing it would race with its takers.
         self._lock = FileLock(folder.lock, timeout=0, thread_local=False)
         try:

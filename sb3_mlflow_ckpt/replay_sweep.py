@@ -67,6 +67,8 @@ class ChunkSweeper:
                 logger.warning("An old replay chunk could not be removed: %s", error)
 
     def _names(self) -> set[str]:
+        if self._folder.replay.is_symlink():
+            return set()  # What lies elsewhere is not this run's.
         try:
             return {name for name in os.listdir(self._folder.replay) if chunk_range(name) is not None}
         except (FileNotFoundError, NotADirectoryError):

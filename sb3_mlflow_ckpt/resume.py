@@ -83,8 +83,12 @@ def resolve_checkpoint(
                 "auto starts a new training",
             )
         return _from_path(path)
-    path = Path(reference).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(reference).expanduser()
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointNotFoundError(reference, f"It is no path here: {getattr(error, 'strerror', error)}") from error
+    if is_folder:
         newest = _newest_in(path)
         if newest is None:
             raise CheckpointNotFoundError(reference, "The folder is not a run folder with a checkpoint that verifies")

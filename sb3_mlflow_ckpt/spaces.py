@@ -14,7 +14,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from sb3_mlflow_ckpt.tree import NotPlainError
+from sb3_mlflow_ckpt.tree import NotPlainError, dtype_of
 
 _MOST_VALUES = 2**24
 _DEPTH = 16
@@ -112,7 +112,7 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 
 def _dtype(value: Any) -> np.dtype[Any]:
-    dtype = np.dtype(str(value))
+    dtype = dtype_of(str(value))
     if dtype.kind not in _KINDS:
         raise ValueError(f"its spaces hold {dtype}")
     return dtype

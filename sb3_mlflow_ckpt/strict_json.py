@@ -1,4 +1,4 @@
-"""Owns the reading of JSON that a stranger may have written: bounded in depth, and nothing but finite numbers. Pure."""
+"""Owns the reading of JSON that a stranger may have written: bounded in depth and numbers, no key twice. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 from typing import Any
 
 DEPTH = 64
-LARGEST_INTEGER = 2**63 - 1
+LONGEST_INTEGER = 300
+"""Digits: the states of random number generators are integers of hundreds of bits."""
 
 
 def loads(content: bytes | str, *, finite: bool = True) -> Any:
@@ -18,7 +19,7 @@ def loads(content: bytes | str, *, finite: bool = True) -> Any:
         finite: Whether NaN and infinities are refused; our own state may hold them, our metadata never does.
 
     Raises:
-        ValueError: It is not JSON, is nested too deeply, or holds a number that is out of all bounds.
+        ValueError: It is not JSON, is nested too deeply, says a key twice, or holds a number out of all bounds.
     """
     try:
         value = json.loads(
@@ -26,6 +27,7 @@ def loads(content: bytes | str, *, finite: bool = True) -> Any:
             parse_constant=_refuse if finite else float,
             parse_float=_finite if finite else float,
             parse_int=_integer,
+            object_pairs_hook=_object,
         )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
@@ -45,9 +47,18 @@ def _finite(text: str) -> float:
 
 
 def _integer(text: str) -> int:
-    if len(text) > 20 or abs(int(text)) > LARGEST_INTEGER:
+    if len(text) > LONGEST_INTEGER:
         raise ValueError(f"it holds the number {text[:20]}")
     return int(text)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        # Readers differ in which of the two they take.
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it holds the key {next(n for n in names if names.count(n) > 1)[:40]!r} twice")
+    return value
 
 
 def _check_depth(value: Any) -> None:

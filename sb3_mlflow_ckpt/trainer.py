@@ -5,6 +5,12 @@ Importing it imports no torch, so that `--help` answers at once.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from sb3_mlflow_ckpt import launch
+
+    # Before anything else: what is on the command line is seen by everybody.
+    launch.conceal()
+
 import contextlib
 import logging
 import secrets

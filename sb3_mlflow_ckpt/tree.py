@@ -7,6 +7,7 @@ can at most hold wrong numbers.
 from __future__ import annotations
 
 import math
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,6 +23,21 @@ _LARGEST_INTEGER = 2**63 - 1
 _LONGEST_INTEGER = 300
 # Kinds of numpy types whose bytes mean the same in every process: no objects, no structures.
 _PLAIN_KINDS = frozenset("biufcSU")
+_DTYPE = re.compile(r"[<>|=]?[A-Za-z]+\d{0,9}", re.ASCII)
+
+
+def dtype_of(name: Any) -> np.dtype[Any]:
+    """Return the type of numbers that a text such as `<f4` or `float32` names.
+
+    Raises:
+        ValueError: It names none. numpy itself would read any text as Python's source.
+    """
+    if not isinstance(name, str) or not _DTYPE.fullmatch(name):
+        raise ValueError(f"{str(name)[:40]!r} is no type of numbers")
+    try:
+        return np.dtype(name)
+    except TypeError as error:
+        raise ValueError(f"{name[:40]!r} is no type of numbers") from error
 
 
 class NotPlainError(TypeError):
@@ -152,7 +168,7 @@ def _decode(document: Any, content: memoryview, depth: int) -> Any:
 
 def _decode_array(document: Mapping[str, Any], content: memoryview) -> NDArray[Any]:
     try:
-        dtype = np.dtype(str(document["dtype"]))
+        dtype = dtype_of(document["dtype"])
         shape = tuple(int(length) for length in document["shape"])
         at = int(document["at"])
     except (KeyError, TypeError, ValueError) as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from sb3_mlflow_ckpt import atomic
@@ -14,8 +15,6 @@ from sb3_mlflow_ckpt.errors import CheckpointCorruptError, CheckpointNotFoundErr
 from sb3_mlflow_ckpt.layout import chunk_path, entry_chunk, metadata_path, model_episode, model_path
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, FileEntry, parse_metadata
 from sb3_mlflow_ckpt.state.embedded import read_embedded_metadata
-
-_LARGEST_METADATA = 16 * 2**20
 
 
 def read_metadata(path: str | Path, *, settle: bool = True) -> CheckpointMetadata:
@@ -31,17 +30,19 @@ def read_metadata(path: str | Path, *, settle: bool = True) -> CheckpointMetadat
     """
     file = metadata_path(model_path(Path(path)))
     try:
-        if file.stat().st_size > _LARGEST_METADATA:
-            raise CheckpointCorruptError(file, f"its metadata is larger than {_LARGEST_METADATA} bytes")
-        metadata = parse_metadata(file.read_bytes(), file)
+        metadata = parse_metadata(atomic.read_bytes(file), file)
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(path, "It has no metadata file, so it was never committed") from error
+    except OSError as error:
+        raise CheckpointCorruptError(file, f"its metadata cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # A path with a NUL in it.
+        raise CheckpointNotFoundError(path, f"It is not a path: {error}") from error
     newer = replacement_of(metadata)
     if newer is None or not settle:
         return metadata
     # A crash came while this episode was written anew: the zip itself says which of the two it is.
     zip_path = model_path(Path(path))
-    if not zip_path.is_file():
+    if not _is(zip_path, Path.is_file):
         raise CheckpointNotFoundError(path, _what_is_there(zip_path))
     return newer if newer.files and atomic.sha256(zip_path) == newer.files[0].sha256 else metadata
 
@@ -67,9 +68,9 @@ def verify_checkpoint(path: str | Path) -> CheckpointMetadata:
         IncompatibleCheckpointError: The zip was not written by this package.
     """
     zip_path = model_path(Path(path))
-    if not zip_path.is_file():
+    if not _is(zip_path, Path.is_file):
         raise CheckpointNotFoundError(path, _what_is_there(zip_path))
-    if not metadata_path(zip_path).exists():
+    if not _is(metadata_path(zip_path), Path.exists):
         return read_embedded_metadata(zip_path, check_members=True)
     metadata = read_metadata(zip_path)
     if not metadata.files:
@@ -113,10 +114,18 @@ def _check_file(zip_path: Path, path: Path, entry: FileEntry) -> None:
         raise CheckpointCorruptError(zip_path, f"{whose} SHA-256 differs from its metadata's: the content was altered")
 
 
+def _is(path: Path, test: Callable[[Path], bool]) -> bool:
+    """Ask for a file or folder by a name that may be too long to be one."""
+    try:
+        return test(path)
+    except OSError:
+        return False
+
+
 def _what_is_there(path: Path) -> str:
     """Return a sentence that says what lies where a checkpoint was expected."""
     folder = path.parent
-    if not folder.is_dir():
+    if not _is(folder, Path.is_dir):
         return f"There is no folder {folder}; the path is taken relative to {Path.cwd()}"
     others = sorted(name for name in os.listdir(folder) if model_episode(name) is not None)
     if not others:

@@ -14,6 +14,7 @@ from typing import IO, Any
 import click
 
 from sb3_mlflow_ckpt.errors import CheckpointError, ConfigError, InvalidIdError, MirrorUnavailableError
+from sb3_mlflow_ckpt.launch import arguments
 from sb3_mlflow_ckpt.printable import printable, printable_json
 
 FAILURE_EXIT_CODE = 1
@@ -116,6 +117,9 @@ class Command(click.Command):
             self.params = [*self.params, *self._make_params()]
             self._make_params = None
         return super().get_params(ctx)
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, **settings: Any) -> Any:
+        return super().main(arguments() if args is None else args, *more, **settings)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         with one_line_errors():

@@ -17,8 +17,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
 
 from sb3_mlflow_ckpt.callback import EpisodeCheckpointCallback
-from sb3_mlflow_ckpt.config import ENVIRONMENT_PREFIX, TrainingConfig, inheritable_fields
+from sb3_mlflow_ckpt.config import ENVIRONMENT_PREFIX, TrainingConfig, hidden_settings, inheritable_fields
 from sb3_mlflow_ckpt.printable import printable
+from sb3_mlflow_ckpt.redaction import hidden_in
 from sb3_mlflow_ckpt.trainer import ResolvedTraining, TrainingResult
 from sb3_mlflow_ckpt.trust import Refusal, not_taken_over, refusals
 
@@ -95,6 +96,8 @@ class TerminalReporter:
         for key in ("tracking_uri", "mongo_uri"):
             if shown[key] != getattr(config, key):
                 self._print(f"  {key} holds a password: give it again, as {ENVIRONMENT_PREFIX}{key.upper()}")
+        for name in hidden_settings({key: shown[key] for key in inheritable_fields()}):
+            self._print(f"  {name} looks like a credential and is not recorded: give it again")
 
     def _print(self, text: str) -> None:
         # A command must be copyable: no wrapping, no markup, no highlighting.
@@ -127,11 +130,14 @@ def resume_command(config: TrainingConfig, checkpoint: Path, total_timesteps: in
 def _not_inherited(config: Mapping[str, Any]) -> list[str]:
     """Return the flags of what a resume in a new process would not take from the checkpoint by itself."""
     inherited = {key: config[key] for key in inheritable_fields() if config.get(key) is not None}
-    given = {refusal.setting: refusal.words for refusal in refusals(inherited)}
+    # What holds `***` is told beside the command: given as it is, it would be taken at its word.
+    given = {refusal.setting: refusal.words for refusal in refusals(inherited) if not hidden_in(refusal.value)}
     hyperparameters = config.get("hyperparameters") or {}
     kept = not_taken_over(config).get("hyperparameters") or {}
     lost = {f"hyperparameters.{key}": value for key, value in hyperparameters.items() if key not in kept}
-    given |= {key: Refusal(key, value, "").words for key, value in lost.items() if value is not None}
+    given |= {
+        key: Refusal(key, value, "").words for key, value in lost.items() if value is not None and not hidden_in(value)
+    }
     return [word for words in given.values() for word in words]
 
 

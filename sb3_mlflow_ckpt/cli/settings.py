@@ -13,13 +13,28 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
+from yaml.constructor import ConstructorError
 
-from sb3_mlflow_ckpt.config import ENVIRONMENT_PREFIX, INHERIT, Layer, TrainingConfig, inheritable_fields
+from sb3_mlflow_ckpt.config import (
+    ENVIRONMENT_PREFIX,
+    INHERIT,
+    LARGEST_WHOLE,
+    Layer,
+    TrainingConfig,
+    inheritable_fields,
+)
 from sb3_mlflow_ckpt.errors import ConfigError
-from sb3_mlflow_ckpt.runs.document import redact
+from sb3_mlflow_ckpt.redaction import redact
+from sb3_mlflow_ckpt.strict_json import LONGEST_INTEGER
 
 _FLOAT = "tag:yaml.org,2002:float"
+_INTEGER = "tag:yaml.org,2002:int"
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
+_LARGEST_FILE = 2**20
+_DEPTH = 32
+# Anchors let a few lines stand for more than a machine can hold.
+_MOST_VALUES = 100_000
+_MOST_MERGED = 64
 _PAIR = re.compile(r"(?P<key>[^\s=:{}\[\]]+)=(?P<value>.*)", re.DOTALL)
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", bool: "true|false", dict: "MAPPING", list: "LIST"}
 
@@ -113,11 +128,14 @@ def file_layer(path: str | Path) -> Layer:
         ConfigError: The file cannot be read, or is not one YAML mapping without duplicate keys.
     """
     try:
-        content = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
     except OSError as error:
         raise ConfigError("config", f"{path} cannot be read: {error.strerror or error}", "--config") from error
     except ValueError as error:
         raise ConfigError("config", f"{str(path)!r} is not a path: {error}", "--config") from error
+    if len(content) > _LARGEST_FILE:
+        raise ConfigError("config", f"is larger than {_LARGEST_FILE} bytes", str(path))
     values = _load(content, "config", str(path))
     if values is None:
         values = {}
@@ -192,7 +210,10 @@ class _Duplicate(yaml.YAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: `3e-4` is a number, a date stays a text, and no key is given twice."""
+    """YAML as people mean it: `3e-4` is a number, a date stays a text, and no key is given twice.
+
+    Of YAML's tags only those of JSON's kinds are taken.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         # Checked here, not in the constructor: merge keys (`<<`) may repeat a key on purpose.
@@ -206,10 +227,23 @@ class _Loader(yaml.SafeLoader):
                 lines[key.value] = line
         return node
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        merged = [value for key, value in node.value if key.tag == "tag:yaml.org,2002:merge"]
+        if any(isinstance(value, yaml.SequenceNode) and len(value.value) > _MOST_MERGED for value in merged):
+            raise ConstructorError(problem="it merges too many mappings", problem_mark=node.start_mark)
+        super().flatten_mapping(node)
+        if len(node.value) > _MOST_VALUES:
+            raise ConstructorError(problem="it merges too much", problem_mark=node.start_mark)
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > LONGEST_INTEGER:
+            raise ConstructorError(problem="it holds an integer that is too long", problem_mark=node.start_mark)
+        return self.construct_yaml_int(node)
+
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         number = self.construct_yaml_float(node)
         # As in `config`: 1e6 is an integer, since buffer sizes and the like are written so.
-        whole = number.is_integer() and not set(node.value) & {".", "-"}
+        whole = number.is_integer() and abs(number) <= LARGEST_WHOLE and not set(node.value) & {".", "-"}
         return int(number) if whole else number
 
 
@@ -218,13 +252,19 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_FLOAT, re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+_Loader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
+}
 _Loader.add_constructor(_FLOAT, _Loader.construct_number)
+_Loader.add_constructor(_INTEGER, _Loader.construct_integer)
 
 
 def _load(content: str | bytes, key: str, source: str) -> Any:
     try:
         value = yaml.load(content, _Loader)
-        _check_ends(value)
+        _check_size(value)
     except _Duplicate as error:
         raise ConfigError(error.key, f"is given twice, on {error.lines}", source) from error
     except yaml.MarkedYAMLError as error:
@@ -238,18 +278,25 @@ def _load(content: str | bytes, key: str, source: str) -> Any:
         raise ConfigError(key, "is nested too deeply, or holds itself", source) from error
     except (ValueError, TypeError) as error:
         # What PyYAML's own constructors raise for a value that its tag does not admit, such as `!!int x`.
-        raise ConfigError(key, f"is not valid YAML: {' '.join(str(error).split())}", source) from error
+        raise ConfigError(key, f"is not valid YAML: {' '.join(str(error).split())[:200]}", source) from error
     return value
 
 
-def _check_ends(value: Any, above: frozenset[int] = frozenset(), seen: set[int] | None = None) -> None:
-    """Raise RecursionError for a value that holds itself, by an anchor; each part is walked once."""
-    seen = set() if seen is None else seen
-    if not isinstance(value, (dict, list)):
-        return
-    if id(value) in above:
+def _check_size(value: Any) -> None:
+    """Raise for a value that is nested too deeply, holds itself, or stands by its anchors for far more than it is."""
+    if _size(value, {}, 0) > _MOST_VALUES:
+        raise ValueError(f"it stands for more than {_MOST_VALUES} values")
+
+
+def _size(value: Any, known: dict[int, tuple[int, int]], depth: int) -> int:
+    """Return how many values a value is when its anchors are written out; each part is walked once a depth."""
+    if depth > _DEPTH:
         raise RecursionError
-    if id(value) not in seen:
-        seen.add(id(value))
-        for item in value.values() if isinstance(value, dict) else value:
-            _check_ends(item, above | {id(value)}, seen)
+    if not isinstance(value, (dict, list)):
+        return 1
+    at, size = known.get(id(value), (-1, 0))
+    if at < depth:
+        # The deepest place decides whether it is nested too deeply.
+        size = 1 + sum(_size(item, known, depth + 1) for item in (value.values() if isinstance(value, dict) else value))
+        known[id(value)] = depth, size
+    return size

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from sb3_mlflow_ckpt.atomic import is_own_file
 from sb3_mlflow_ckpt.errors import MirrorUnavailableError
 from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.layout import ARTIFACT_FOLDER, REPLAY_FOLDER, chunk_entry
@@ -235,7 +236,7 @@ class MLflowMirror:
     def _create_run(self, client: MlflowClient, record: Mapping[str, Any]) -> Run:
         from mlflow.tracking.context.registry import resolve_tags
 
-        tags = {str(key): str(value) for key, value in resolve_tags().items()}
+        tags = {str(key): redact(str(value)) for key, value in resolve_tags().items()}
         if self._below is not None:
             tags["mlflow.parentRunId"] = self._below
         git = record.get("git")
@@ -339,6 +340,9 @@ class MLflowMirror:
             model, metadata = journal.folder.model(episode), journal.folder.metadata(episode)
             if not (model.exists() and metadata.exists()):
                 continue  # Pruned meanwhile: the backlog was longer than its limit.
+            if not all(is_own_file(path) for path in (model, metadata)):
+                logger.warning("%s is not sent: it, or its metadata, is a link to something else", model)
+                continue
             saved = journal.ledger.saved[episode]
             sha256 = saved.get("sha256")
             self._send_chunks(client, run, journal, saved.get("replay", ()))
@@ -352,7 +356,7 @@ class MLflowMirror:
     def _send_chunks(self, client: MlflowClient, run: Run, journal: RunJournal, names: Iterable[str]) -> None:
         for name in names:
             sent = self._known_chunks(client, run)
-            if name not in sent:
+            if name not in sent and is_own_file(journal.folder.chunk(name)) and not journal.folder.replay.is_symlink():
                 path = f"{ARTIFACT_FOLDER}/{chunk_entry(name)}"
                 client.log_artifact(run.info.run_id, str(journal.folder.chunk(name)), path.rpartition("/")[0])
                 sent.add(name)

@@ -7,40 +7,25 @@ Checkpoints and the learning curve are kept beside the record (`checkpoints.json
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
 from sb3_mlflow_ckpt.metadata import timestamp_now
+from sb3_mlflow_ckpt.redaction import redact as redact
+from sb3_mlflow_ckpt.redaction import redact_all as redact_all
 
 SCHEMA_VERSION = 1
 
 TERMINAL_STATUSES: tuple[str, ...] = ("completed", "failed", "interrupted")
 
-# A credential in any URI: everything between "//" and the last "@" before the path.
-_USERINFO = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s@]*(?:@[^/\s@]*)*@")
-# A password for a database is often written with its "/" unescaped.
-_DATABASE_USERINFO = re.compile(r"(?P<scheme>(?:mongodb|mysql|postgres)[a-z0-9+]*://)\S*@", re.IGNORECASE)
-_SECRET_QUERY = re.compile(r"(?i)([?&](?:\w*password|passwd|token|secret|access_key|secret_key|sig|signature)=)[^&\s]*")
-
-
-def redact(text: str) -> str:
-    """Return a text with the credentials of every URI in it replaced by `***`."""
-    for pattern in (_DATABASE_USERINFO, _USERINFO):
-        text = pattern.sub(r"\g<scheme>***@", text)
-    return _SECRET_QUERY.sub(r"\1***", text)
-
-
-def redact_all(value: Any) -> Any:
-    """Return a JSON value with `redact` applied to every string in it."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, Mapping):
-        return {key: redact_all(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [redact_all(item) for item in value]
-    return value
+# What the code relies on where it reads a record that somebody may have edited.
+_KINDS: Mapping[str, type] = {
+    **dict.fromkeys(("run_id", "agent_id", "status", "root_run_id"), str),
+    **dict.fromkeys(("config", "progress", "parent", "overrides", "error", "mlflow", "mongo", "resume"), dict),
+    "attempt": int,
+    "mirrors": list,
+}
 
 
 def plain(value: Any) -> Any:
@@ -132,6 +117,16 @@ def new_record(
         }
     )
     return record
+
+
+def wrong_field(record: Mapping[str, Any]) -> str | None:
+    """Return the first field of a record that is of another kind than the code relies on, or None."""
+    for key, kind in _KINDS.items():
+        value = record.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            return key
+    mirrors = record.get("mirrors") or []
+    return None if all(isinstance(name, str) for name in mirrors) else "mirrors"
 
 
 def derived_status(record: Mapping[str, Any], now: datetime | None = None) -> str:

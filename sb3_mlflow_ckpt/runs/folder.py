@@ -47,7 +47,7 @@ def read_ledger(folder: RunFolder) -> CheckpointLedger:
     for episode in on_disk - (set(ledger.saved) - ledger.pruned):
         path = folder.metadata(episode)
         try:
-            ledger.apply({"event": "saved", **saved_facts(parse_metadata(path.read_bytes(), path))})
+            ledger.apply({"event": "saved", **saved_facts(parse_metadata(atomic.read_bytes(path), path))})
         except (OSError, CheckpointError) as error:
             logger.warning("A checkpoint is passed over: %s", error)
     for episode in set(ledger.saved) - on_disk:
@@ -122,19 +122,19 @@ class FolderRuns:
                 logger.warning("A run is passed over: %s", error)
 
     def _folders(self, agent_id: str | None) -> Iterator[RunFolder]:
-        agents = _subfolders(self.checkpoint_dir) if agent_id is None else [agent_id]
+        agents = subfolders(self.checkpoint_dir) if agent_id is None else [agent_id]
         for agent in agents:
             try:
                 check_id(agent, "agent_id")
             except InvalidIdError:
                 continue
-            for name in _subfolders(self.checkpoint_dir / agent):
+            for name in subfolders(self.checkpoint_dir / agent):
                 folder = _folder(self.checkpoint_dir, agent, name)
                 if folder is not None:
                     yield folder
 
     def _find(self, run_id: str) -> RunFolder:
-        for agent in _subfolders(self.checkpoint_dir):
+        for agent in subfolders(self.checkpoint_dir):
             for spelling in spellings(run_id):
                 folder = _folder(self.checkpoint_dir, agent, spelling)
                 if folder is not None:
@@ -157,9 +157,20 @@ def _folder(checkpoint_dir: Path, agent_id: str, run_id: str) -> RunFolder | Non
         return None
 
 
-def _subfolders(path: Path) -> list[str]:
+def subfolders(path: Path) -> list[str]:
+    """Return the names of the folders in a folder, sorted; what cannot be looked at is passed over with a warning."""
     try:
         with os.scandir(path) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir())
+            return sorted(entry.name for entry in entries if _is_folder(entry))
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        logger.warning("A folder is passed over: %s", error)
+        return []
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # A link to itself, say.
+        return False

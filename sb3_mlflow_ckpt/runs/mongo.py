@@ -90,9 +90,10 @@ def decode(value: Any) -> Any:
 def redacted(uri: str) -> str:
     """Return a MongoDB URI without its credentials and options, which may be secrets as well.
 
-    A password whose `@`, `/` or `?` is not escaped makes the URI invalid, and is removed all the same.
+    A password whose `@`, `/` or `?` is not escaped, or a scheme that is left out, makes the URI invalid, and the
+    password is removed all the same.
     """
-    return re.sub(r"\?.*", "", re.sub(r"//.*@", "//***@", uri, flags=re.DOTALL), flags=re.DOTALL)
+    return re.sub(r"(?s)\?.*", "", re.sub(r"(?s)^(\w[\w+.-]*://)?.*@", r"\1***@", uri))
 
 
 def connect(uri: str, database: str) -> MongoDatabase:

@@ -9,6 +9,7 @@ import io
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ READ_ERRORS = (
     NotImplementedError,
     MemoryError,
     OverflowError,
+    zlib.error,
 )
 """What zipfile, numpy and torch raise for content that is damaged or made up."""
 

@@ -13,9 +13,11 @@ from sb3_mlflow_ckpt.state.container import READ_ERRORS, Container, open_contain
 STATE_MEMBER = "sb3_mlflow_ckpt/state.json"
 
 
-def dump_state(metadata: CheckpointMetadata, state: dict[str, Any]) -> str:
+def dump_state(metadata: CheckpointMetadata, state: dict[str, Any]) -> bytes:
     """Return the member's content: the metadata as it is known inside the zip (no hashes), and the state."""
-    return json.dumps({"metadata": metadata.to_json(), **state}, ensure_ascii=False)
+    text = json.dumps({"metadata": metadata.to_json(), **state}, ensure_ascii=False)
+    # As in the metadata file: what UTF-8 lacks is written as JSON's own escape.
+    return text.encode("utf-8", "backslashreplace")
 
 
 def read_state(container: Container) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.layout import REPLAY_FOLDER, RunFolder, chunk_entry
 from sb3_mlflow_ckpt.metadata import FileEntry
 from sb3_mlflow_ckpt.state.replay.chunks import ChunkRows
@@ -252,7 +253,7 @@ class ReplayRecorder:
             self._changed.notify_all()
 
     def _write(self, capture: ReplayCapture, folder: RunFolder) -> list[Chunk]:
-        folder.replay.mkdir(parents=True, exist_ok=True)
+        atomic.own_folder(folder.replay)
         needed = [chunk for chunk in self._chunks if chunk.end > capture.first]
         lost = take_over(needed, self._folder, folder)
         with self._changed:

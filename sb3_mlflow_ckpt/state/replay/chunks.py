@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
@@ -216,7 +215,7 @@ def _claimed(document: Any) -> int:
             waiting += item
         elif isinstance(item, dict):
             if "dtype" in item and "at" in item:
-                total += math.prod(int(n) for n in item["shape"]) * int(np.dtype(str(item["dtype"])).itemsize)
+                total += math.prod(int(n) for n in item["shape"]) * int(tree.dtype_of(item["dtype"]).itemsize)
             else:
                 waiting += item.values()
     return total
