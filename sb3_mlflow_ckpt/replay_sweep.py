@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 
-from filelock import FileLock, Timeout
-
 from sb3_mlflow_ckpt.errors import CheckpointError
 from sb3_mlflow_ckpt.journal import committed_episodes
 from sb3_mlflow_ckpt.layout import RunFolder, chunk_range, entry_chunk
+from sb3_mlflow_ckpt.leases import leased_episodes
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata
 from sb3_mlflow_ckpt.verification import read_metadata, replacement_of
 
@@ -60,6 +59,8 @@ class ChunkSweeper:
         if self._unknown:
             return
         orphans = self._names() - frozenset().union(*self._needed.values())
+        if orphans and leased_episodes(self._folder):
+            return  # A resume may still read what an episode that was saved again needed before.
         for name in orphans:
             try:
                 self._folder.chunk(name).unlink(missing_ok=True)
@@ -71,14 +72,3 @@ class ChunkSweeper:
             return {name for name in os.listdir(self._folder.replay) if chunk_range(name) is not None}
         except (FileNotFoundError, NotADirectoryError):
             return set()
-
-
-def sweep_chunks(folder: RunFolder) -> None:
-    """Remove a run's chunks that no checkpoint needs, unless a live run holds the folder: it does so itself."""
-    if not folder.replay.is_dir():
-        return
-    try:
-        with FileLock(folder.lock, timeout=0):
-            ChunkSweeper(folder).sweep()
-    except (Timeout, OSError) as error:
-        logger.debug("The replay chunks of %s are left as they are: %s", folder.path, error)

@@ -24,7 +24,7 @@ from sb3_mlflow_ckpt.printable import printable
 
 @click.group("checkpoints", cls=Group)
 def checkpoints_group() -> None:
-    """List, verify, prune and sync checkpoints."""
+    """List, verify, pin, prune, repair and sync checkpoints."""
 
 
 @checkpoints_group.command("list")
@@ -88,22 +88,76 @@ def verify_command(
     metavar="INTEGER",
     help="How many to keep of each run; 0 keeps all",
 )
-@click.option("--dry-run", is_flag=True, help="Print what would go and remove nothing")
+@click.option(
+    "--keep-best-n",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="INTEGER",
+    help="How many of the highest mean reward to keep beside them",
+)
+@click.option(
+    "--keep-every-n-episodes",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="INTEGER",
+    help="Keep the first checkpoint at or after each multiple of it as well; 0 is none",
+)
+@click.option("--dry-run", is_flag=True, help="Print what would go and why the rest stays, and remove nothing")
 @with_options(checkpoint_dir_option, agent_id_option, run_id_option, json_option)
 def prune_command(
-    keep_last_n: int, dry_run: bool, checkpoint_dir: str, agent_id: str | None, run_id: str | None, as_json: bool
+    keep_last_n: int,
+    keep_best_n: int,
+    keep_every_n_episodes: int,
+    dry_run: bool,
+    checkpoint_dir: str,
+    agent_id: str | None,
+    run_id: str | None,
+    as_json: bool,
 ) -> None:
-    """Remove all but the newest checkpoints of each run, and print what went."""
-    from sb3_mlflow_ckpt.checkpoints import prune_checkpoints
+    """Remove all but the newest checkpoints of each run, its best and its milestones, and print what went.
 
-    removed = prune_checkpoints(
-        _existing(checkpoint_dir), run_id=run_id, agent_id=agent_id, keep_last_n=keep_last_n, dry_run=dry_run
-    )
+    Never the newest one that verifies, a pinned one, one that somebody resumes from, nor one that MLflow has not
+    yet. A run that is training now is left to its own process.
+    """
+    from sb3_mlflow_ckpt.checkpoints import run_folders
+    from sb3_mlflow_ckpt.policies import Retention
+    from sb3_mlflow_ckpt.pruning import prune_runs
+
+    folders = run_folders(_existing(checkpoint_dir), run_id, agent_id)
+    pruned = prune_runs(folders, Retention(keep_last_n, keep_best_n, keep_every_n_episodes), dry_run=dry_run)
+    removed = [path for pruning in pruned for path in pruning.removed]
+    kept = {path: why for pruning in pruned for path, why in pruning.kept.items()}
+    for pruning in pruned:
+        if pruning.problem:
+            click.echo(printable(f"{pruning.folder.path}: {pruning.problem}"), err=True)
     if as_json:
-        print_json([str(path) for path in removed])
+        stays = [{"path": str(path), "why": list(why)} for path, why in kept.items()]
+        print_json({"removed": [str(path) for path in removed], "kept": stays, "dry_run": dry_run})
         return
     for path in removed:
         click.echo(path)
+    for path, why in kept.items() if dry_run else ():
+        click.echo(printable(f"# {path} stays: {', '.join(why)}"))
+
+
+@checkpoints_group.command("pin")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+def pin_command(paths: tuple[str, ...]) -> None:
+    """Keep checkpoints from being removed, also by a run that is training now; print their paths."""
+    from sb3_mlflow_ckpt.checkpoints import pin_checkpoint
+
+    for path in paths:
+        click.echo(pin_checkpoint(path))
+
+
+@checkpoints_group.command("unpin")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+def unpin_command(paths: tuple[str, ...]) -> None:
+    """Let checkpoints be removed again when their turn comes; print their paths."""
+    from sb3_mlflow_ckpt.checkpoints import unpin_checkpoint
+
+    for path in paths:
+        click.echo(unpin_checkpoint(path))
 
 
 @checkpoints_group.command("sync")

@@ -13,6 +13,7 @@ from sb3_mlflow_ckpt.errors import (
 )
 from sb3_mlflow_ckpt.journal import committed_episodes, saved_facts
 from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.pins import is_pinned
 from sb3_mlflow_ckpt.verification import read_metadata, verify_checkpoint
 
 
@@ -22,7 +23,13 @@ def checkpoint_facts(path: Path) -> dict[str, Any]:
         metadata = read_metadata(path)
     except CheckpointError as error:
         return {"path": str(path), "error": str(error)}
-    return {"path": str(path), "agent_id": metadata.agent_id, "run_id": metadata.run_id, **saved_facts(metadata)}
+    return {
+        "path": str(path),
+        "agent_id": metadata.agent_id,
+        "run_id": metadata.run_id,
+        **saved_facts(metadata),
+        "pinned": is_pinned(path),
+    }
 
 
 def checkpoints_at(path: Path) -> list[Path]:

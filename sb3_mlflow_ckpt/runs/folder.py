@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from sb3_mlflow_ckpt.errors import CheckpointCorruptError, CheckpointError, Inva
 from sb3_mlflow_ckpt.journal import CheckpointLedger, committed_episodes, read_record, saved_facts
 from sb3_mlflow_ckpt.layout import RunFolder, check_id, id_spellings
 from sb3_mlflow_ckpt.metadata import parse_metadata
+from sb3_mlflow_ckpt.pins import pinned_episodes
 from sb3_mlflow_ckpt.runs.document import checkpoint_entry
 from sb3_mlflow_ckpt.runs.reader import Document, Documents, spellings, summary
 
@@ -31,7 +32,8 @@ def read_run(folder: RunFolder) -> dict[str, Any]:
     """
     record = _checked_record(folder)
     ledger = read_ledger(folder)
-    return {**record, "checkpoint_paths": [entry(folder, ledger, episode) for episode in sorted(ledger.saved)]}
+    pinned = pinned_episodes(folder)
+    return {**record, "checkpoint_paths": [entry(folder, ledger, episode, pinned) for episode in sorted(ledger.saved)]}
 
 
 def read_ledger(folder: RunFolder) -> CheckpointLedger:
@@ -55,13 +57,14 @@ def read_ledger(folder: RunFolder) -> CheckpointLedger:
     return ledger
 
 
-def entry(folder: RunFolder, ledger: CheckpointLedger, episode: int) -> dict[str, Any]:
+def entry(folder: RunFolder, ledger: CheckpointLedger, episode: int, pinned: Collection[int]) -> dict[str, Any]:
     """Return the item of `checkpoint_paths` for an episode that the ledger holds."""
     return checkpoint_entry(
         ledger.saved[episode],
         path=str(folder.model(episode).absolute()),
         uri=ledger.uris.get(episode),
         on_disk=episode not in ledger.pruned,
+        pinned=episode in pinned,
     )
 
 

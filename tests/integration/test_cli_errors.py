@@ -319,10 +319,10 @@ def test_verify_takes_a_run_folder_and_prints_json(saved: list[Path]) -> None:
 
 def test_prune_keeps_the_newest_of_each_run(saved: list[Path]) -> None:
     dry = run("checkpoints", "prune", "--keep-last-n", "1", "--dry-run")
-    assert dry.stdout == f"{saved[1]}\n"
+    assert dry.stdout == f"{saved[1]}\n" + "".join(f"# {path} stays: newest, last\n" for path in (saved[2], saved[0]))
     assert saved[1].exists()
     pruned = run("checkpoints", "prune", "--keep-last-n", "1", "--json")
-    assert json.loads(pruned.stdout) == [str(saved[1])]
+    assert json.loads(pruned.stdout)["removed"] == [str(saved[1])]
     assert [path.exists() for path in saved] == [True, False, True]
 
 

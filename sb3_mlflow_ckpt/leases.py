@@ -1,0 +1,172 @@
+"""Owns the locks that say which checkpoints are in use: who resumes from one shares it, who removes one needs it alone.
+
+The operating system releases a lock when its process dies, so a crash leaves nothing behind. Where a folder cannot
+be written to, or its file system has no locks, a checkpoint is used without one.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sb3_mlflow_ckpt.layout import RunFolder, lease_path, marker_episode, metadata_path, model_path
+
+try:
+    import fcntl
+except ImportError:  # Windows: a file that is open cannot be removed there.
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+_BUSY = (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN)
+# A lock file may be removed between its opening and its locking; each round meets a newer one.
+_ROUNDS = 20
+
+
+class Lease:
+    """A checkpoint that must not be removed until `release`, or until the process ends."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor: int | None = descriptor
+        self._pid = os.getpid()
+
+    def release(self) -> None:
+        """Give it up; the same again does nothing."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is None:
+            return
+        if self._pid == os.getpid():
+            # Closing alone would leave it to a worker that was forked meanwhile.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+    def __del__(self) -> None:
+        # A model that was loaded and forgotten holds its checkpoint no longer.
+        try:
+            self.release()
+        except (OSError, AttributeError, TypeError):
+            return
+
+
+def lease_checkpoint(path: Path) -> Lease | None:
+    """Take a committed checkpoint into use.
+
+    Args:
+        path: Its zip, or its metadata file.
+
+    Returns:
+        The lease; None where none can be had: the folder is read-only, is none of ours, or has no locks.
+        Whoever takes one looks afterwards whether the checkpoint is still there.
+    """
+    path = model_path(Path(path))
+    if fcntl is None or not metadata_path(path).is_file():
+        return None
+    try:
+        descriptor = _locked(path, exclusive=False)
+    except OSError as error:
+        logger.debug("%s is used without a lease: %s", path, error)
+        return None
+    return Lease(descriptor) if descriptor is not None else None
+
+
+@contextmanager
+def removable(path: Path) -> Iterator[bool]:
+    """Tell whether nobody uses a checkpoint, and keep it so meanwhile; never waits. The lock's file goes afterwards.
+
+    Args:
+        path: Its zip.
+    """
+    descriptor = None
+    if fcntl is not None:
+        try:
+            descriptor = _locked(path, exclusive=True)
+        except OSError as error:
+            if error.errno in _BUSY:
+                yield False
+                return
+            # Without locks in this file system nobody can hold one.
+            logger.debug("%s cannot be locked: %s", path, error)
+    try:
+        yield True
+    finally:
+        if descriptor is not None:
+            if not metadata_path(path).exists():
+                lease_path(path).unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def leased_episodes(folder: RunFolder) -> set[int]:
+    """Return the episodes of a run that are in use."""
+    return {episode for episode in _lease_files(folder) if _in_use(lease_path(folder.model(episode)))}
+
+
+def sweep_leases(folder: RunFolder) -> list[int]:
+    """Remove the lock files whose checkpoint is gone; return their episodes. The caller holds the folder's lock."""
+    swept = []
+    for episode in _lease_files(folder):
+        if not folder.metadata(episode).exists() and not _in_use(lease_path(folder.model(episode))):
+            lease_path(folder.model(episode)).unlink(missing_ok=True)
+            swept.append(episode)
+    return swept
+
+
+def _locked(path: Path, *, exclusive: bool) -> int | None:
+    """Return a descriptor of the lock file that lies there now, locked; None where it always was another one."""
+    file = lease_path(path)
+    for _ in range(_ROUNDS):
+        descriptor = _open(file)
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            if _is_there(descriptor, file):
+                return descriptor
+        except OSError as error:
+            os.close(descriptor)
+            if exclusive or error.errno not in _BUSY:
+                raise
+            # It is being removed at this moment: look again.
+            if not metadata_path(path).exists():
+                return None
+            continue
+        os.close(descriptor)
+    return None
+
+
+def _in_use(file: Path) -> bool:
+    if fcntl is None:
+        return False
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _BUSY
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _open(file: Path) -> int:
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(file, flags | os.O_CREAT, 0o666)
+
+
+def _is_there(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _lease_files(folder: RunFolder) -> list[int]:
+    try:
+        names = os.listdir(folder.path)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = (marker_episode(name) for name in names)
+    return sorted(marker[0] for marker in found if marker is not None and marker[1] == "lease")
