@@ -46,12 +46,15 @@ def read_ledger(folder: RunFolder) -> CheckpointLedger:
     for event in atomic.read_lines(folder.events)[0]:
         ledger.apply(event)
     on_disk = set(committed_episodes(folder))
+    unknown = []
     for episode in on_disk - (set(ledger.saved) - ledger.pruned):
         path = folder.metadata(episode)
         try:
-            ledger.apply({"event": "saved", **saved_facts(parse_metadata(path.read_bytes(), path))})
+            unknown.append(saved_facts(parse_metadata(path.read_bytes(), path)))
         except (OSError, CheckpointError) as error:
             logger.warning("A checkpoint is passed over: %s", error)
+    for facts in sorted(unknown, key=lambda facts: (facts["timestamp"], facts["episode"])):
+        ledger.apply({"event": "saved", **facts})
     for episode in set(ledger.saved) - on_disk:
         ledger.apply({"event": "pruned", "episode": episode})
     return ledger
