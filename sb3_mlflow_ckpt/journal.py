@@ -281,7 +281,7 @@ def sweep_dead_writers(folder: RunFolder) -> None:
     """
     _sweep(folder.path)
     for other in _subfolders(folder.path.parent):
-        if other == folder.path or not _temporaries(other):
+        if other == folder.path or not temporaries(other):
             continue
         try:
             with FileLock(other / LOCK_NAME, timeout=0):
@@ -291,11 +291,12 @@ def sweep_dead_writers(folder: RunFolder) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    for path in _temporaries(folder):
+    for path in temporaries(folder):
         path.unlink(missing_ok=True)
 
 
-def _temporaries(folder: Path) -> list[Path]:
+def temporaries(folder: Path) -> list[Path]:
+    """Return what writers left half-written in a run folder; of a live one it is under way."""
     found: list[Path] = []
     for part in (folder, folder / REPLAY_FOLDER):
         if part.is_dir() and not part.is_symlink():

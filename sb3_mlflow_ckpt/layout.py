@@ -21,6 +21,8 @@ METADATA_SUFFIX = "_metadata.json"
 PIN_SUFFIX = ".pin"
 LEASE_SUFFIX = ".lease"
 TEMPORARY_PREFIX = ".tmp-"
+FETCH_PREFIX = ".fetch-"
+"""How the folders begin into which a repair downloads."""
 REPLAY_FOLDER = "replay"
 """Where a run folder holds the chunks of replay buffers."""
 SET_ASIDE_FOLDER = "set-aside"
@@ -126,6 +128,10 @@ class RunFolder:
     @property
     def set_aside(self) -> Path:
         return self.path / SET_ASIDE_FOLDER
+
+    def aside(self, name: str, number: int = 0) -> Path:
+        """Return where a file is set aside; the number tells those of one name apart."""
+        return self.set_aside / (f"{name}.{number}" if number else name)
 
     def chunk(self, name: str) -> Path:
         """Return the path of a replay chunk.

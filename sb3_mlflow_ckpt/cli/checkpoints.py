@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -158,6 +159,41 @@ def unpin_command(paths: tuple[str, ...]) -> None:
 
     for path in paths:
         click.echo(unpin_checkpoint(path))
+
+
+@checkpoints_group.command("repair")
+@click.option("--dry-run", is_flag=True, help="Print what is wrong and change nothing")
+@with_options(checkpoint_dir_option, agent_id_option, run_id_option, tracking_uri_option, json_option)
+@click.pass_context
+def repair_command(
+    ctx: click.Context,
+    dry_run: bool,
+    checkpoint_dir: str,
+    agent_id: str | None,
+    run_id: str | None,
+    tracking_uri: str | None,
+    as_json: bool,
+) -> None:
+    """Bring the run folders in order that nobody trains in, and print what was wrong and what was done, a line each.
+
+    What a crash left half-done is finished, what is damaged is fetched from MLflow or set aside, never deleted.
+    Exits with 1 if something stays broken.
+    """
+    from sb3_mlflow_ckpt.checkpoints import run_folders
+    from sb3_mlflow_ckpt.repair import repair_runs
+
+    folders = [*run_folders(_existing(checkpoint_dir), run_id, agent_id)]
+    repairs = []
+    for repair in repair_runs(folders, tracking_uri=tracking_uri, dry_run=dry_run):
+        repairs.append(repair)
+        if not as_json:
+            click.echo(printable(f"{repair.folder}: {repair.defect}: {repair.action}"))
+    if as_json:
+        print_json([asdict(repair) for repair in repairs])
+    elif not repairs:
+        click.echo(f"Nothing to repair in {checkpoint_dir}")
+    if any(not repair.mended for repair in repairs):
+        ctx.exit(FAILURE_EXIT_CODE)
 
 
 @checkpoints_group.command("sync")

@@ -163,7 +163,7 @@ def test_a_checkpoint_that_is_not_there_cannot_be_pinned(tmp_path: Path) -> None
 
 
 def test_a_pin_whose_checkpoint_is_gone_is_swept(tmp_path: Path) -> None:
-    first, second = saved(tmp_path, 1, 2)
+    first, _ = saved(tmp_path, 1, 2)
     pin_path(first.with_name("ep000007.zip")).touch()
     prune_checkpoints(tmp_path, keep_last_n=2)
     assert not pin_path(first.with_name("ep000007.zip")).exists()
