@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from sb3_mlflow_ckpt.checkpoints import run_folders
 from sb3_mlflow_ckpt.errors import CheckpointError, ConfigError, MirrorUnavailableError, RunFolderBusyError
@@ -84,44 +85,49 @@ def reap_runs(
         try:
             if not folder.record.exists() or read_record(folder).get("status") != "running":
                 continue
-            journal = RunJournal(folder)
-        except RunFolderBusyError:
-            results.append(Reaped(folder.run_id, str(folder.path), "alive", "its process holds the folder's lock"))
-            continue
+            # A journal would make good what a crash left of its files.
+            reaped = _examine(folder) if dry_run else _reap(folder, tracking_uri, mongo_uri, mongo_db)
+        except (RunFolderBusyError, Timeout):
+            reaped = Reaped(folder.run_id, str(folder.path), "alive", "its process holds the folder's lock")
         except (CheckpointError, OSError) as error:
-            results.append(Reaped(folder.run_id, str(folder.path), "unreadable", "", str(error)))
-            continue
-        try:
-            reaped = _settle(folder, journal, dry_run=dry_run)
-            if reaped is not None:
-                results.append(_tell(folder, journal, reaped, tracking_uri, mongo_uri, mongo_db))
-        finally:
-            journal.close()
+            reaped = Reaped(folder.run_id, str(folder.path), "unreadable", "", str(error))
+        if reaped is not None:
+            results.append(reaped)
     return results
 
 
-def _settle(folder: RunFolder, journal: RunJournal, *, dry_run: bool) -> Reaped | None:
-    # Read under the lock: it may have ended, or begun again, since it was listed.
-    record = journal.record
+def _examine(folder: RunFolder) -> Reaped | None:
+    with FileLock(folder.lock, timeout=0):
+        return _judge(folder, read_record(folder))
+
+
+def _judge(folder: RunFolder, record: Mapping[str, Any]) -> Reaped | None:
+    """Tell of a run whose folder's lock is held here: read again, it may have ended or begun anew meanwhile."""
     if record.get("status") != "running":
         return None
     host, pid, heartbeat = record.get("host"), record.get("pid"), record.get("heartbeat_at")
     detail = f"process {pid} on {host}, last heartbeat {heartbeat}"
-    where = str(folder.path)
     if host != hostname() and derived_status(record) != "lost":
-        return Reaped(folder.run_id, where, "fresh", f"{detail}: another host's, and not stale yet")
-    if dry_run:
-        return Reaped(folder.run_id, where, "would fail", detail)
-    message = f"The process died without a word: {detail}"
+        return Reaped(folder.run_id, str(folder.path), "fresh", f"{detail}: another host's, and not stale yet")
+    return Reaped(folder.run_id, str(folder.path), "would fail", detail)
+
+
+def _reap(folder: RunFolder, tracking_uri: str | None, mongo_uri: str | None, mongo_db: str | None) -> Reaped | None:
+    journal = RunJournal(folder)
     try:
+        record = journal.record
+        found = _judge(folder, record)
+        if found is None or found.action != "would fail":
+            return found
+        message = f"The process died without a word: {found.detail}"
         journal.update(
             status="failed",
             error={"type": PROCESS_LOST, "message": message, "traceback": None},
-            ended_at=heartbeat or record.get("started_at"),
+            ended_at=record.get("heartbeat_at") or record.get("started_at"),
         )
-    except OSError as error:
-        return Reaped(folder.run_id, where, "unreadable", detail, f"its record cannot be written: {error}")
-    return Reaped(folder.run_id, where, "failed", detail)
+        return _tell(folder, journal, replace(found, action="failed"), tracking_uri, mongo_uri, mongo_db)
+    finally:
+        journal.close()
 
 
 def _tell(
@@ -132,8 +138,6 @@ def _tell(
     mongo_uri: str | None,
     mongo_db: str | None,
 ) -> Reaped:
-    if reaped.action != "failed":
-        return reaped
     try:
         sent = [send(folder, journal, m) for m in mirrors_of(journal.record, tracking_uri, mongo_uri, mongo_db)]
         missed = [f"{result.mirror}: {result.error}" for result in sent if result.error]
@@ -142,7 +146,7 @@ def _tell(
     if not missed:
         return reaped
     problem = f"{'; '.join(missed)}; send it later with: sb3-mlflow-ckpt checkpoints sync"
-    return Reaped(reaped.run_id, reaped.where, reaped.action, reaped.detail, problem)
+    return replace(reaped, problem=problem)
 
 
 def tracking_uris(checkpoint_dir: str | Path) -> list[str]:

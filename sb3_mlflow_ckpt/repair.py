@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -141,9 +142,9 @@ class _Repairer:
         zip_path, metadata_file = self._folder.model(episode), self._folder.metadata(episode)
         try:
             metadata = self._metadata_of_zip(episode)
-        except ForeignCheckpointError:
-            return  # SB3's own zip, which somebody put there: nothing lists it.
         except _DAMAGE as error:
+            if isinstance(error, ForeignCheckpointError) and _is_of_sb3(zip_path):
+                return  # Somebody put it there: nothing lists it.
             # The metadata first: that withdraws the commit.
             there = [path for path in (metadata_file, zip_path) if path.exists()]
             yield self._aside(f"{defect}, and it does not verify ({_cause(error)})", there)
@@ -305,6 +306,15 @@ class _Repairer:
             path.replace(target)
             atomic.fsync_dir(aside)
             atomic.fsync_dir(path.parent)
+
+
+def _is_of_sb3(path: Path) -> bool:
+    """Return whether a zip is one of SB3's `save`; of a torn one, a member that is a zip itself may be found."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return "data" in file.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def _cause(error: BaseException) -> str:
