@@ -15,7 +15,6 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mlflow_ckpt.algorithms import algorithm_name, describe_model
-from sb3_mlflow_ckpt.checkpoints import lease_of, note_origin, origin
 from sb3_mlflow_ckpt.commit import capture_checkpoint, prepare_folder
 from sb3_mlflow_ckpt.curve import CurveSampler
 from sb3_mlflow_ckpt.errors import (
@@ -28,6 +27,7 @@ from sb3_mlflow_ckpt.interruption import ExitGuard, SignalGuard
 from sb3_mlflow_ckpt.layout import RunFolder, check_id
 from sb3_mlflow_ckpt.live_run import LiveRun, RunOptions
 from sb3_mlflow_ckpt.metadata import ParentReference
+from sb3_mlflow_ckpt.origins import lease_of, note_origin, origin
 from sb3_mlflow_ckpt.policies import EveryNEpisodes, MirrorBacklog, Retention
 from sb3_mlflow_ckpt.provenance import environment
 from sb3_mlflow_ckpt.replication import Mirror

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +13,8 @@ from sb3_mlflow_ckpt.errors import CheckpointError, InvalidIdError
 from sb3_mlflow_ckpt.journal import committed_episodes
 from sb3_mlflow_ckpt.layout import RunFolder, check_id, id_spellings
 from sb3_mlflow_ckpt.leases import Lease, lease_checkpoint
-from sb3_mlflow_ckpt.metadata import CheckpointMetadata, ParentReference
+from sb3_mlflow_ckpt.metadata import CheckpointMetadata
+from sb3_mlflow_ckpt.origins import note_origin
 from sb3_mlflow_ckpt.pins import pin_checkpoint, unpin_checkpoint
 from sb3_mlflow_ckpt.policies import Retention
 from sb3_mlflow_ckpt.pruning import prune_runs
@@ -40,37 +40,6 @@ logger = logging.getLogger(__name__)
 
 # How often `latest` lists anew where all that it found was removed meanwhile.
 _LISTINGS = 5
-# Where a loaded model came from, so that a callback goes on counting from there.
-_origins: weakref.WeakKeyDictionary[Any, Origin] = weakref.WeakKeyDictionary()
-
-
-class Origin(NamedTuple):
-    """The checkpoint that a model came from.
-
-    Attributes:
-        source: Its path or URI.
-        metadata: Its metadata.
-        path: Its zip on this machine; None where there is none.
-        lacking: Arguments of the model that it did not say and that nobody gave again.
-        lease: Holds it until the run that goes on from it has a checkpoint of its own.
-    """
-
-    source: str
-    metadata: CheckpointMetadata
-    path: Path | None = None
-    lacking: tuple[str, ...] = ()
-    lease: Lease | None = None
-
-    @property
-    def reference(self) -> ParentReference:
-        """How a resumed run names it."""
-        files = self.metadata.files
-        return ParentReference(
-            run_id=self.metadata.run_id,
-            checkpoint=self.source,
-            episode=self.metadata.episode,
-            sha256=files[0].sha256 if files else None,
-        )
 
 
 class LoadedCheckpoint(NamedTuple):
@@ -274,29 +243,6 @@ def load_checkpoint(
         lease = None
     note_origin(model, str(zip_path.absolute()), metadata, zip_path.absolute(), lacking, lease)
     return LoadedCheckpoint(model, dict(metadata.config), dict(metadata.extra_state))
-
-
-def note_origin(
-    model: BaseAlgorithm,
-    source: str,
-    metadata: CheckpointMetadata,
-    path: Path | None = None,
-    lacking: Sequence[str] = (),
-    lease: Lease | None = None,
-) -> None:
-    """Remember which checkpoint (path or URI, and where its zip lies) a model came from, and hold it."""
-    _origins[model] = Origin(source, metadata, path, tuple(lacking), lease)
-
-
-def origin(model: BaseAlgorithm) -> Origin | None:
-    """Return the checkpoint that a model was loaded from, or None."""
-    return _origins.get(model)
-
-
-def lease_of(model: BaseAlgorithm) -> Lease | None:
-    """Return what holds the checkpoint that a model was loaded from, or None."""
-    came_from = origin(model)
-    return came_from.lease if came_from is not None else None
 
 
 def _release(lease: Lease | None) -> None:

@@ -247,7 +247,7 @@ def _mlflow_version(address: str, shown: str) -> Iterator[Finding]:
 
     if not address.startswith(("http://", "https://")):
         return
-    from mlflow.tracking._tracking_service.utils import get_default_host_creds
+    from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
     answer = http_request(get_default_host_creds(address), "/version", "GET")  # type: ignore[no-untyped-call]

@@ -255,13 +255,16 @@ class RunJournal:
         """Make the ledger agree with the folder where a crash came between a commit or removal and its line."""
         on_disk = set(committed_episodes(self.folder))
         for episode in sorted(on_disk):
-            if episode in self.ledger.saved and episode not in self.ledger.pruned:
-                continue
             path = self.folder.metadata(episode)
             try:
-                self.add_saved(parse_metadata(path.read_bytes(), path))
+                metadata = parse_metadata(path.read_bytes(), path)
             except (OSError, CheckpointError) as error:
                 logger.warning("A checkpoint is passed over: %s", error)
+                continue
+            known = self.ledger.saved.get(episode) if episode not in self.ledger.pruned else None
+            # An episode that was saved again is new content, which no mirror has.
+            if known is None or known.get("sha256") != saved_facts(metadata)["sha256"]:
+                self.add_saved(metadata)
         for episode in sorted(set(self.ledger.saved) - on_disk - self.ledger.pruned):
             self.add_pruned(episode)
 

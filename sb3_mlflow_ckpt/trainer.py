@@ -20,7 +20,6 @@ from sb3_mlflow_ckpt.algorithms import (
     check_hyperparameters,
     default_learning_rate,
 )
-from sb3_mlflow_ckpt.checkpoints import note_origin
 from sb3_mlflow_ckpt.config import TrainingConfig, differences
 from sb3_mlflow_ckpt.environments import make_env
 from sb3_mlflow_ckpt.errors import (
@@ -30,6 +29,7 @@ from sb3_mlflow_ckpt.errors import (
     TrainingInterrupted,
 )
 from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror
+from sb3_mlflow_ckpt.origins import note_origin
 from sb3_mlflow_ckpt.replication import Mirror
 from sb3_mlflow_ckpt.resume import ResumeSource, check_spaces, resolve_checkpoint
 from sb3_mlflow_ckpt.runs.document import plain

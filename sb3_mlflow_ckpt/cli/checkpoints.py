@@ -59,7 +59,9 @@ def verify_command(
     run_id: str | None,
     as_json: bool,
 ) -> None:
-    """Check sizes, hashes and metadata of checkpoints: the zips and run folders named, else all that there are.
+    """Check sizes, hashes and metadata of checkpoints, replay buffers included: those named, else all there are.
+
+    A zip, a run folder, an agent's folder or the folder of all agents can be named.
 
     Exits with 1 if one is not whole.
     """
