@@ -275,3 +275,71 @@ def test_the_trainer_takes_the_settings(tmp_path: Path) -> None:
         first.setdefault(item["episode"] // 20, item["episode"])
     best = max((item["mean_reward"], n, item["episode"]) for n, item in enumerate(items))[2]
     assert there == {items[-1]["episode"], best} | {e for multiple, e in first.items() if multiple}
+
+
+# Resumes from the latest again and again: what was verified under a lease must verify again until it is given up.
+_RESUMER = """
+import sys, time
+from pathlib import Path
+from sb3_mlflow_ckpt.checkpoints import lease_latest, verify_checkpoint
+from sb3_mlflow_ckpt.errors import CheckpointNotFoundError
+from sb3_mlflow_ckpt.pins import pin_checkpoint, unpin_checkpoint
+print("ready", flush=True)
+held = missed = 0
+while not Path("done").exists():
+    path, lease = lease_latest("checkpoints")
+    if path is None:
+        missed += 1
+        continue
+    assert lease is not None
+    time.sleep(0.02)
+    verify_checkpoint(path)
+    lease.release()
+    held += 1
+    if sys.argv[1] == "0":
+        continue  # A pin is everybody's: two that pin and unpin would undo each other's.
+    try:
+        pin_checkpoint(path)
+    except CheckpointNotFoundError:
+        continue
+    time.sleep(0.01)
+    verify_checkpoint(path)
+    unpin_checkpoint(path)
+print(held, missed)
+"""
+
+
+def test_resumes_and_pins_race_with_prunes_and_neither_loses_a_checkpoint(tmp_path: Path) -> None:
+    model = PPO("MlpPolicy", "CartPole-v1", **TINY)
+    where = {"agent_id": "a", "run_id": "r"}
+    save_checkpoint(model, tmp_path / "checkpoints", episode=1, **where)
+    resumers = [
+        subprocess.Popen(
+            [sys.executable, "-c", _RESUMER, pins], cwd=tmp_path, env=environment(), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for pins in "01"
+    ]  # fmt: skip
+    try:
+        for resumer in resumers:
+            assert resumer.stdout is not None
+            assert resumer.stdout.readline() == "ready\n"
+        removed = 0
+        for episode in range(2, 120):
+            save_checkpoint(model, tmp_path / "checkpoints", episode=episode, **where)
+            removed += len(prune_checkpoints(tmp_path / "checkpoints", keep_last_n=1))
+        (tmp_path / "done").touch()
+        for resumer in resumers:
+            out, err = resumer.communicate(timeout=60)
+            assert resumer.returncode == 0, err
+            held, missed = map(int, out.split())
+            assert held > 0
+            assert missed == 0
+    finally:
+        for resumer in resumers:
+            resumer.kill()
+            resumer.wait(30)
+    assert removed > 50
+    prune_checkpoints(tmp_path / "checkpoints", keep_last_n=1)
+    left = {path.suffix for path in (tmp_path / "checkpoints" / "a" / "r").iterdir()}
+    assert left <= {".zip", ".json", ".lock", ""}
