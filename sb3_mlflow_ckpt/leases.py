@@ -23,6 +23,8 @@ except ImportError:  # Windows: a file that is open cannot be removed there.
 logger = logging.getLogger(__name__)
 
 _BUSY = (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN)
+# Nobody can hold a lease: no locks in this file system, a full disk without the lock's file, a link in its place.
+_NO_LEASE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.ELOOP)
 # A lock file may be removed between its opening and its locking; each round meets a newer one.
 _ROUNDS = 20
 
@@ -85,10 +87,9 @@ def removable(path: Path) -> Iterator[bool]:
         try:
             descriptor = _locked(path, exclusive=True)
         except OSError as error:
-            if error.errno in _BUSY:
+            if error.errno not in _NO_LEASE:
                 yield False
                 return
-            # Without locks in this file system nobody can hold one.
             logger.debug("%s cannot be locked: %s", path, error)
     try:
         yield True
