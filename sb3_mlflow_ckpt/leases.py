@@ -32,19 +32,32 @@ _ROUNDS = 20
 class Lease:
     """A checkpoint that must not be removed until `release`, or until the process ends."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, file: Path) -> None:
         self._descriptor: int | None = descriptor
+        self._file = file
         self._pid = os.getpid()
 
     def release(self) -> None:
-        """Give it up; the same again does nothing."""
+        """Give it up, and leave the folder as it was; the same again does nothing."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is None:
             return
-        if self._pid == os.getpid():
-            # Closing alone would leave it to a worker that was forked meanwhile.
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
+        try:
+            if self._pid == os.getpid():
+                self._remove_file(descriptor)
+                # Closing alone would leave it to a worker that was forked meanwhile.
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+        finally:
+            os.close(descriptor)
+
+    def _remove_file(self, descriptor: int) -> None:
+        """Remove the lock's file where nobody else uses the checkpoint; who has opened it meanwhile makes a new one."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_there(descriptor, self._file):
+                self._file.unlink(missing_ok=True)
+        except OSError as error:
+            logger.debug("%s stays: %s", self._file, error)
 
     def __del__(self) -> None:
         # A model that was loaded and forgotten holds its checkpoint no longer.
@@ -72,7 +85,7 @@ def lease_checkpoint(path: Path) -> Lease | None:
     except OSError as error:
         logger.debug("%s is used without a lease: %s", path, error)
         return None
-    return Lease(descriptor) if descriptor is not None else None
+    return Lease(descriptor, lease_path(path).absolute()) if descriptor is not None else None
 
 
 @contextmanager

@@ -130,8 +130,8 @@ def runs_reap_command(
         click.echo(printable(": ".join(part for part in parts if part)))
     if any(result.action == "orphan" for result in results):
         click.echo("Set the orphans FAILED with: sb3-mlflow-ckpt runs reap --mlflow-orphans", err=True)
-    if not results:
-        click.echo(f"No run in {checkpoint_dir} says that it is running", err=True)
+    if not results and not as_json:
+        click.echo(f"No run in {checkpoint_dir} says that it is running")
     if any(result.problem for result in results):
         ctx.exit(FAILURE_EXIT_CODE)
 
