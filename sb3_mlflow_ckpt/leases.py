@@ -26,7 +26,7 @@ _BUSY = (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN)
 # Nobody can hold a lease: no locks in this file system, a full disk without the lock's file, a link in its place.
 _NO_LEASE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.ELOOP)
 # A lock file may be removed between its opening and its locking; each round meets a newer one.
-_ROUNDS = 20
+_ROUNDS = 1000
 
 
 class Lease:
@@ -129,24 +129,24 @@ def sweep_leases(folder: RunFolder) -> list[int]:
 
 
 def _locked(path: Path, *, exclusive: bool) -> int | None:
-    """Return a descriptor of the lock file that lies there now, locked; None where it always was another one."""
+    """Return a descriptor of the lock file that lies there now, locked; None where the checkpoint went meanwhile.
+
+    Who removes or gives up holds the lock alone for a moment only: who wants to share it waits for that.
+    """
     file = lease_path(path)
     for _ in range(_ROUNDS):
         descriptor = _open(file)
         try:
-            fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
             if _is_there(descriptor, file):
                 return descriptor
-        except OSError as error:
+        except BaseException:
             os.close(descriptor)
-            if exclusive or error.errno not in _BUSY:
-                raise
-            # It is being removed at this moment: look again.
-            if not metadata_path(path).exists():
-                return None
-            continue
+            raise
         os.close(descriptor)
-    return None
+        if not exclusive and not metadata_path(path).exists():
+            return None
+    raise OSError(errno.EWOULDBLOCK, "its lock is taken and given up all the time", str(file))
 
 
 def _in_use(file: Path) -> bool:
