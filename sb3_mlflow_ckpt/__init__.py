@@ -15,8 +15,10 @@ if TYPE_CHECKING:
         latest_checkpoint,
         list_checkpoints,
         load_checkpoint,
+        pin_checkpoint,
         prune_checkpoints,
         save_checkpoint,
+        unpin_checkpoint,
         verify_checkpoint,
     )
     from sb3_mlflow_ckpt.config import TrainingConfig
@@ -35,9 +37,11 @@ _HOMES = {
     "latest_checkpoint": "checkpoints",
     "list_checkpoints": "checkpoints",
     "load_checkpoint": "checkpoints",
+    "pin_checkpoint": "checkpoints",
     "prune_checkpoints": "checkpoints",
     "save_checkpoint": "checkpoints",
     "train": "trainer",
+    "unpin_checkpoint": "checkpoints",
     "verify_checkpoint": "checkpoints",
 }
 
@@ -51,9 +55,11 @@ __all__ = [
     "latest_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
+    "pin_checkpoint",
     "prune_checkpoints",
     "save_checkpoint",
     "train",
+    "unpin_checkpoint",
     "verify_checkpoint",
 ]
 

@@ -116,7 +116,7 @@ def is_own_file(path: Path) -> bool:
     """Tell whether a regular file lies at a path: not a link to one, and nothing else."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
@@ -172,6 +172,26 @@ def append_line(path: Path, value: Any, *, durable: bool = True) -> None:
             rest = rest[file.write(rest) :]
         if durable:
             os.fsync(file.fileno())
+
+
+def is_torn(path: Path) -> bool:
+    """Return whether the last line of a file has no end: a crash came while it was written."""
+    try:
+        with open(path, "rb") as file:
+            if file.seek(0, os.SEEK_END) == 0:
+                return False
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+    except FileNotFoundError:
+        return False
+
+
+def close_line(path: Path) -> None:
+    """Give a torn last line an end, durably."""
+    with open(path, "ab") as file:
+        file.write(b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:

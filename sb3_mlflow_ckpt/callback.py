@@ -15,7 +15,6 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mlflow_ckpt.algorithms import algorithm_name, describe_model
-from sb3_mlflow_ckpt.checkpoints import note_origin, origin
 from sb3_mlflow_ckpt.commit import capture_checkpoint, prepare_folder
 from sb3_mlflow_ckpt.curve import CurveSampler
 from sb3_mlflow_ckpt.errors import (
@@ -29,7 +28,8 @@ from sb3_mlflow_ckpt.interruption import ExitGuard, SignalGuard
 from sb3_mlflow_ckpt.layout import RunFolder, check_id
 from sb3_mlflow_ckpt.live_run import LiveRun, RunOptions
 from sb3_mlflow_ckpt.metadata import ParentReference
-from sb3_mlflow_ckpt.policies import EveryNEpisodes, KeepLastN, MirrorBacklog
+from sb3_mlflow_ckpt.origins import lease_of, note_origin, origin
+from sb3_mlflow_ckpt.policies import EveryNEpisodes, MirrorBacklog, Retention
 from sb3_mlflow_ckpt.provenance import environment
 from sb3_mlflow_ckpt.replication import Mirror
 from sb3_mlflow_ckpt.resumption import ResumeState, Resumption
@@ -56,6 +56,8 @@ class EpisodeCheckpointCallback(BaseCallback):
     Args:
         checkpoint_interval_episodes: Episodes between checkpoints; 0 saves only at the end.
         keep_last_n_checkpoints: Checkpoints kept on disk; 0 keeps all.
+        keep_best_n: Checkpoints of the highest mean reward that are kept beside them.
+        keep_every_n_episodes: The first checkpoint at or after each multiple of it is kept as well; 0 is none.
         checkpoint_dir: The folder that holds agents' folders.
         agent_id: The agent's id; `<algo>_agent` where it is None.
         run_id: The run's id; the MLflow run's where it is None, a fresh UUID without MLflow.
@@ -84,6 +86,8 @@ class EpisodeCheckpointCallback(BaseCallback):
         keep_last_n_checkpoints: int = 3,
         checkpoint_dir: str | Path = "checkpoints",
         *,
+        keep_best_n: int = 0,
+        keep_every_n_episodes: int = 0,
         agent_id: str | None = None,
         run_id: str | None = None,
         run_name: str | None = None,
@@ -121,7 +125,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         self._save_replay_buffer = save_replay_buffer
         self._interval = EveryNEpisodes(checkpoint_interval_episodes)
         self._options = RunOptions(
-            KeepLastN(keep_last_n_checkpoints),
+            Retention(keep_last_n_checkpoints, keep_best_n, keep_every_n_episodes),
             MirrorBacklog(max_unmirrored_checkpoints),
             heartbeat_seconds,
             sync_timeout_seconds,
@@ -219,7 +223,8 @@ class EpisodeCheckpointCallback(BaseCallback):
             for mirror in self._mirrors:
                 record |= mirror.describe()
             folder = RunFolder(self._checkpoint_dir, self.agent_id, self.run_id)
-            self._live = LiveRun(folder, record, self._mirrors, self._options, fresh=fresh)
+            lease = lease_of(self.model)
+            self._live = LiveRun(folder, record, self._mirrors, self._options, fresh=fresh, lease=lease)
         except BaseException:
             # No run may be left behind in MLflow that never trains.
             for mirror in self._mirrors:

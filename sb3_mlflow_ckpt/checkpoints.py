@@ -1,21 +1,23 @@
-"""Owns the public functions on checkpoints: save, list, latest, verify, load, prune. Importing it imports no torch."""
+"""Owns the public functions on checkpoints: save, list, latest, verify, load, pin, prune. Imports no torch."""
 
 from __future__ import annotations
 
 import logging
-import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sb3_mlflow_ckpt.commit import capture_checkpoint, commit_checkpoint, remove_checkpoint
-from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointNotFoundError, InvalidIdError
-from sb3_mlflow_ckpt.journal import committed_episodes, read_record
+from sb3_mlflow_ckpt.commit import capture_checkpoint, commit_checkpoint
+from sb3_mlflow_ckpt.errors import CheckpointError, InvalidIdError
+from sb3_mlflow_ckpt.journal import committed_episodes
 from sb3_mlflow_ckpt.layout import RunFolder, check_id, id_spellings
-from sb3_mlflow_ckpt.metadata import CheckpointMetadata, ParentReference
-from sb3_mlflow_ckpt.policies import KeepLastN
-from sb3_mlflow_ckpt.replay_sweep import sweep_chunks
-from sb3_mlflow_ckpt.runs.folder import read_ledger, subfolders
+from sb3_mlflow_ckpt.leases import Lease, lease_checkpoint
+from sb3_mlflow_ckpt.metadata import CheckpointMetadata
+from sb3_mlflow_ckpt.origins import note_origin
+from sb3_mlflow_ckpt.pins import pin_checkpoint, unpin_checkpoint
+from sb3_mlflow_ckpt.policies import Retention
+from sb3_mlflow_ckpt.pruning import prune_runs
+from sb3_mlflow_ckpt.runs.folder import subfolders
 from sb3_mlflow_ckpt.verification import read_metadata, verify_checkpoint
 
 if TYPE_CHECKING:
@@ -27,43 +29,17 @@ __all__ = [
     "latest_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
+    "pin_checkpoint",
     "prune_checkpoints",
     "save_checkpoint",
+    "unpin_checkpoint",
     "verify_checkpoint",
 ]
 
 logger = logging.getLogger(__name__)
 
-# Where a loaded model came from, so that a callback goes on counting from there.
-_origins: weakref.WeakKeyDictionary[Any, Origin] = weakref.WeakKeyDictionary()
-
-
-class Origin(NamedTuple):
-    """The checkpoint that a model came from.
-
-    Attributes:
-        source: Its path or URI.
-        metadata: Its metadata.
-        path: Its zip on this machine; None where there is none.
-        lacking: Arguments of the model that it did not say and that nobody gave again.
-    """
-
-    source: str
-    metadata: CheckpointMetadata
-    path: Path | None = None
-    lacking: tuple[str, ...] = ()
-
-    @property
-    def reference(self) -> ParentReference:
-        """How a resumed run names it."""
-        files = self.metadata.files
-        return ParentReference(
-            run_id=self.metadata.run_id,
-            checkpoint=self.source,
-            episode=self.metadata.episode,
-            sha256=files[0].sha256 if files else None,
-            timestamp=self.metadata.timestamp,
-        )
+# How often `latest` lists anew where all that it found was removed meanwhile.
+_LISTINGS = 5
 
 
 class LoadedCheckpoint(NamedTuple):
@@ -169,6 +145,45 @@ def latest_checkpoint(
         agent_id: Only this agent.
         accept: Tells by its metadata whether a checkpoint is considered.
     """
+    path, lease = lease_latest(checkpoint_dir, run_id, agent_id, accept=accept)
+    if lease is not None:
+        lease.release()
+    return path
+
+
+def lease_latest(
+    checkpoint_dir: str | Path = "checkpoints",
+    run_id: str | None = None,
+    agent_id: str | None = None,
+    *,
+    accept: Callable[[CheckpointMetadata], bool] = lambda metadata: True,
+) -> tuple[Path | None, Lease | None]:
+    """Return what `latest_checkpoint` does, and the lease that was taken before it was verified."""
+    for _ in range(_LISTINGS):
+        vanished = False
+        for path in _newest_first(checkpoint_dir, run_id, agent_id, accept):
+            lease = lease_checkpoint(path)
+            try:
+                verify_checkpoint(path)
+            except CheckpointError as error:
+                if lease is not None:
+                    lease.release()
+                vanished = vanished or not path.exists()
+                logger.warning("Passed over: %s", error)
+                continue
+            return path, lease
+        if not vanished:
+            break
+        # All that there were went while they were looked at: newer ones came.
+    return None, None
+
+
+def _newest_first(
+    checkpoint_dir: str | Path,
+    run_id: str | None,
+    agent_id: str | None,
+    accept: Callable[[CheckpointMetadata], bool],
+) -> list[Path]:
     found: list[tuple[str, int, Path]] = []
     for path in list_checkpoints(checkpoint_dir, run_id, agent_id):
         try:
@@ -178,14 +193,7 @@ def latest_checkpoint(
             continue
         if accept(metadata):
             found.append((metadata.timestamp, metadata.episode, path))
-    for _, _, path in sorted(found, reverse=True):
-        try:
-            verify_checkpoint(path)
-        except CheckpointError as error:
-            logger.warning("Passed over: %s", error)
-            continue
-        return path
-    return None
+    return [path for _, _, path in sorted(found, reverse=True)]
 
 
 def load_checkpoint(
@@ -220,27 +228,26 @@ def load_checkpoint(
     """
     from sb3_mlflow_ckpt.loading import load
 
-    model, metadata, zip_path, lacking = load(
-        path, env, device=device, algo=algo, policy=policy, hyperparameters=hyperparameters, trusted=trusted
-    )
-    note_origin(model, str(zip_path.absolute()), metadata, zip_path.absolute(), lacking)
+    # Before it is verified: what was verified must still be there when it is read, and when training begins.
+    lease = lease_checkpoint(Path(path))
+    try:
+        model, metadata, zip_path, lacking = load(
+            path, env, device=device, algo=algo, policy=policy, hyperparameters=hyperparameters, trusted=trusted
+        )
+    except BaseException:
+        _release(lease)
+        raise
+    if env is None:
+        # It predicts: nothing more is read of the checkpoint.
+        _release(lease)
+        lease = None
+    note_origin(model, str(zip_path.absolute()), metadata, zip_path.absolute(), lacking, lease)
     return LoadedCheckpoint(model, dict(metadata.config), dict(metadata.extra_state))
 
 
-def note_origin(
-    model: BaseAlgorithm,
-    source: str,
-    metadata: CheckpointMetadata,
-    path: Path | None = None,
-    lacking: Sequence[str] = (),
-) -> None:
-    """Remember which checkpoint (path or URI, and where its zip lies) a model came from."""
-    _origins[model] = Origin(source, metadata, path, tuple(lacking))
-
-
-def origin(model: BaseAlgorithm) -> Origin | None:
-    """Return the checkpoint that a model was loaded from, or None."""
-    return _origins.get(model)
+def _release(lease: Lease | None) -> None:
+    if lease is not None:
+        lease.release()
 
 
 def prune_checkpoints(
@@ -249,41 +256,33 @@ def prune_checkpoints(
     agent_id: str | None = None,
     *,
     keep_last_n: int = 3,
+    keep_best_n: int = 0,
+    keep_every_n_episodes: int = 0,
     dry_run: bool = False,
 ) -> list[Path]:
-    """Remove all but the newest checkpoints of each run.
+    """Remove all but the newest checkpoints of each run, its best and its milestones.
 
-    Never the newest one that verifies, nor one that a run tracked in MLflow has not sent there yet.
+    Never the newest one that verifies, a pinned one, one that somebody resumes from, nor one that a run tracked in
+    MLflow has not sent there yet. A run that is training now is left to its own process.
 
     Args:
         checkpoint_dir: The folder that holds agents' folders.
         run_id: Only this run.
         agent_id: Only this agent.
         keep_last_n: How many to keep of each run; 0 keeps all.
+        keep_best_n: How many of the highest mean reward to keep beside them.
+        keep_every_n_episodes: Keep the first checkpoint at or after each multiple of it as well; 0 is none.
         dry_run: Remove nothing.
 
     Returns:
         The zips that were removed, or would be.
     """
-    removed: list[Path] = []
-    for folder in run_folders(checkpoint_dir, run_id, agent_id):
-        try:
-            removed += _prune(folder, KeepLastN(keep_last_n), dry_run=dry_run)
-        except (CheckpointError, OSError) as error:
-            logger.warning("%s is left as it is: %s", folder.path, error)
-    return removed
-
-
-def _prune(folder: RunFolder, retention: KeepLastN, *, dry_run: bool) -> Iterator[Path]:
-    episodes = committed_episodes(folder)
-    protected = _newest_verified(folder, episodes) | _not_mirrored(folder)
-    ordered = [episode for episode in read_ledger(folder).saved if episode in episodes]
-    for episode in retention.removable(ordered, protected):
-        if not dry_run:
-            remove_checkpoint(folder, episode)
-        yield folder.model(episode)
-    if not dry_run:
-        sweep_chunks(folder)
+    retention = Retention(keep_last_n, keep_best_n, keep_every_n_episodes)
+    pruned = prune_runs(run_folders(checkpoint_dir, run_id, agent_id), retention, dry_run=dry_run)
+    for pruning in pruned:
+        if pruning.problem:
+            logger.warning("%s: %s", pruning.folder.path, pruning.problem)
+    return [path for pruning in pruned for path in pruning.removed]
 
 
 def _episodes(folder: RunFolder) -> list[int]:
@@ -292,25 +291,3 @@ def _episodes(folder: RunFolder) -> list[int]:
     except OSError as error:
         logger.warning("A run is passed over: %s", error)
         return []
-
-
-def _newest_verified(folder: RunFolder, episodes: Collection[int]) -> set[int]:
-    for episode in sorted(episodes, reverse=True):
-        try:
-            verify_checkpoint(folder.model(episode))
-        except CheckpointError as error:
-            logger.warning("Passed over: %s", error)
-            continue
-        return {episode}
-    return set()
-
-
-def _not_mirrored(folder: RunFolder) -> set[int]:
-    try:
-        tracked = "MLflow" in (read_record(folder).get("mirrors") or ())
-    except CheckpointNotFoundError:
-        return set()
-    except CheckpointError as error:
-        logger.warning("Nothing that may still have to be sent is removed: %s", error)
-        tracked = True
-    return read_ledger(folder).waiting if tracked else set()

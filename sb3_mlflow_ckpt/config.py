@@ -102,6 +102,14 @@ class TrainingConfig(BaseModel):
         50, ge=0, description="Episodes between checkpoints; 0 saves only at the end"
     )
     keep_last_n_checkpoints: Integer = Field(3, ge=0, description="Checkpoints kept on disk; 0 keeps all")
+    keep_best_n: Integer = Field(
+        0, ge=0, description="Checkpoints of the highest mean reward that are kept beside the last"
+    )
+    keep_every_n_episodes: Integer = Field(
+        0,
+        ge=0,
+        description="Milestones: the first checkpoint at or after each multiple of it is kept as well; 0 is none",
+    )
     checkpoint_dir: str = Field(
         "checkpoints", min_length=1, description="Where run folders are made", json_schema_extra=_PER_LAUNCH
     )

@@ -375,13 +375,16 @@ class RunJournal:
         """Make the ledger agree with the folder where a crash came between a commit or removal and its line."""
         on_disk = set(committed_episodes(self.folder))
         for episode in sorted(on_disk):
-            if episode in self.ledger.saved and episode not in self.ledger.pruned:
-                continue
             path = self.folder.metadata(episode)
             try:
-                self.add_saved(parse_metadata(atomic.read_bytes(path), path))
+                metadata = parse_metadata(atomic.read_bytes(path), path)
             except (OSError, CheckpointError) as error:
                 logger.warning("A checkpoint is passed over: %s", error)
+                continue
+            known = self.ledger.saved.get(episode) if episode not in self.ledger.pruned else None
+            # An episode that was saved again is new content, which no mirror has.
+            if known is None or known.get("sha256") != saved_facts(metadata)["sha256"]:
+                self.add_saved(metadata)
         for episode in sorted(set(self.ledger.saved) - on_disk - self.ledger.pruned):
             self.add_pruned(episode)
 
@@ -402,7 +405,7 @@ def sweep_dead_writers(folder: RunFolder) -> None:
     """
     _sweep(folder.path)
     for other in _subfolders(folder.path.parent):
-        if other == folder.path or not _temporaries(other):
+        if other == folder.path or not temporaries(other):
             continue
         try:
             with FileLock(other / LOCK_NAME, timeout=0):
@@ -412,11 +415,12 @@ def sweep_dead_writers(folder: RunFolder) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    for path in _temporaries(folder):
+    for path in temporaries(folder):
         path.unlink(missing_ok=True)
 
 
-def _temporaries(folder: Path) -> list[Path]:
+def temporaries(folder: Path) -> list[Path]:
+    """Return what writers left half-written in a run folder; of a live one it is under way."""
     found: list[Path] = []
     for part in (folder, folder / REPLAY_FOLDER):
         if part.is_dir() and not part.is_symlink():

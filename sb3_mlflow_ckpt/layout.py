@@ -19,9 +19,15 @@ METRICS_NAME = "metrics.jsonl"
 EVENTS_NAME = "checkpoints.jsonl"
 LOCK_NAME = ".lock"
 METADATA_SUFFIX = "_metadata.json"
+PIN_SUFFIX = ".pin"
+LEASE_SUFFIX = ".lease"
 TEMPORARY_PREFIX = ".tmp-"
+FETCH_PREFIX = ".fetch-"
+"""How the folders begin into which a repair downloads."""
 REPLAY_FOLDER = "replay"
 """Where a run folder holds the chunks of replay buffers."""
+SET_ASIDE_FOLDER = "set-aside"
+"""Where a run folder holds what a repair took out of use: nothing that is damaged is deleted."""
 ARTIFACT_FOLDER = "checkpoints"
 """Where MLflow runs hold checkpoints among their artifacts."""
 
@@ -30,6 +36,7 @@ LARGEST_EPISODE = 10**18 - 1
 
 _MODEL_NAME = re.compile(r"ep(\d{6,18})\.zip", re.ASCII)
 _METADATA_NAME = re.compile(r"ep(\d{6,18})_metadata\.json", re.ASCII)
+_MARKER_NAME = re.compile(r"\.?ep(\d{6,18})\.(pin|lease)", re.ASCII)
 _CHUNK_NAME = re.compile(r"(\d{12,18})-(\d{12,18})-[0-9a-f]{8}\.zst", re.ASCII)
 _FORBIDDEN = frozenset('/\\:*?"<>|')
 # Names that Windows keeps for devices: a folder of a shared drive must be readable there too.
@@ -135,6 +142,14 @@ class RunFolder:
     def replay(self) -> Path:
         return self.path / REPLAY_FOLDER
 
+    @property
+    def set_aside(self) -> Path:
+        return self.path / SET_ASIDE_FOLDER
+
+    def aside(self, name: str, number: int = 0) -> Path:
+        """Return where a file is set aside; the number tells those of one name apart."""
+        return self.set_aside / (f"{name}.{number}" if number else name)
+
     def chunk(self, name: str) -> Path:
         """Return the path of a replay chunk.
 
@@ -148,6 +163,24 @@ class RunFolder:
 
     def metadata(self, episode: int) -> Path:
         return self.path / f"ep{episode:06d}{METADATA_SUFFIX}"
+
+
+def pin_path(model_path: Path) -> Path:
+    """Return the marker whose presence pins a checkpoint: `ep000050.zip` -> `ep000050.pin`."""
+    return model_path.with_name(model_path.name.removesuffix(".zip") + PIN_SUFFIX)
+
+
+def lease_path(model_path: Path) -> Path:
+    """Return the file whose lock says that a checkpoint is in use: `ep000050.zip` -> `.ep000050.lease`."""
+    return model_path.with_name("." + model_path.name.removesuffix(".zip") + LEASE_SUFFIX)
+
+
+def marker_episode(name: str) -> tuple[int, str] | None:
+    """Return the episode and the kind (`pin`, `lease`) of a marker's file name, or None for any other name."""
+    match = _MARKER_NAME.fullmatch(name)
+    if match is None or name.startswith(".") != (match[2] == "lease"):
+        return None
+    return int(match[1]), match[2]
 
 
 def model_episode(name: str) -> int | None:

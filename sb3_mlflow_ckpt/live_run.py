@@ -14,12 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sb3_mlflow_ckpt.commit import CheckpointCapture, commit_checkpoint, remove_checkpoint, save_error
+from sb3_mlflow_ckpt.commit import CheckpointCapture, commit_checkpoint, save_error
 from sb3_mlflow_ckpt.errors import CheckpointError, RunFolderTakenError, RunTakenOverError, describe
 from sb3_mlflow_ckpt.journal import RunJournal, committed_episodes, sweep_dead_writers
 from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.leases import Lease, sweep_leases
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, timestamp_now
-from sb3_mlflow_ckpt.policies import KeepLastN, MirrorBacklog
+from sb3_mlflow_ckpt.pins import pinned_episodes, sweep_pins
+from sb3_mlflow_ckpt.policies import MirrorBacklog, Retention
+from sb3_mlflow_ckpt.pruning import NOT_MIRRORED, PINNED, evict, saved_checkpoints
 from sb3_mlflow_ckpt.replay_sweep import ChunkSweeper
 from sb3_mlflow_ckpt.replication import Mirror, Replicator, close_all
 from sb3_mlflow_ckpt.runs.document import redact_all
@@ -43,7 +46,7 @@ class RunOptions:
         sync_timeout_seconds: How long the end waits for a mirror that is behind.
     """
 
-    retention: KeepLastN = field(default_factory=KeepLastN)
+    retention: Retention = field(default_factory=Retention)
     backlog: MirrorBacklog = field(default_factory=MirrorBacklog)
     heartbeat_seconds: float = 10.0
     sync_timeout_seconds: float = 60.0
@@ -57,8 +60,8 @@ class LiveRun:
         record: Its record.
         mirrors: Where it is copied to.
         options: How it is kept.
-
         fresh: Whether the training begins at its beginning; then the folder must not hold checkpoints of another.
+        lease: Holds the checkpoint that the run goes on from, until the run has one of its own or ends.
 
     Raises:
         RunFolderBusyError: The folder is in use.
@@ -74,6 +77,7 @@ class LiveRun:
         options: RunOptions,
         *,
         fresh: bool = True,
+        lease: Lease | None = None,
     ) -> None:
         self.folder = folder
         self.latest: Path | None = None
@@ -88,6 +92,9 @@ class LiveRun:
         self._journal = _start(folder, {**record, "mirrors": [mirror.name for mirror in mirrors]}, fresh=fresh)
         self._chunks = ChunkSweeper(folder)
         self._chunks.sweep()
+        sweep_pins(folder)
+        sweep_leases(folder)
+        self._lease = lease
         self._writer = BackgroundWriter()
         self._replicators = [Replicator(mirror, self._journal) for mirror in mirrors]
         for replicator in self._replicators:
@@ -168,6 +175,7 @@ class LiveRun:
             # Ctrl-C in the middle of the above must not leave the folder locked in a living process.
             self._ended.set()
             self._journal.close()
+            self._release_parent()
         return behind
 
     def _storing(self, stores_checkpoints: bool) -> list[Replicator]:
@@ -216,33 +224,46 @@ class LiveRun:
                 # Training waits for the rows that a capture reads, whatever became of it.
                 capture.replay.release()
         self.latest, self.latest_metadata = self.folder.model(metadata.episode), metadata
+        # What the run needed of its parent is in its own folder now.
+        self._release_parent()
         self._prune()
+
+    def _release_parent(self) -> None:
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.release()
 
     def _prune(self) -> None:
         if self._taken_over:
             return
-        ledger = self._journal.ledger
-        protected: set[int] = set()
-        if self._mirrored:
-            protected, given_up = self._options.backlog.split(self._journal.waiting_for_mirror())
-            if given_up - self._gave_up:
-                logger.error(
-                    "%d checkpoints wait for MLflow, more than max_unmirrored_checkpoints allows: "
-                    "the oldest are removed from disk without a copy",
-                    len(given_up) + len(protected),
-                )
-                self._gave_up |= given_up
-        episodes = [episode for episode in ledger.saved if episode not in ledger.pruned]
-        removable = self._options.retention.removable(episodes, protected)
-        for episode in removable:
+        ledger = self._journal.snapshot()
+        protected = {PINNED: pinned_episodes(self.folder), NOT_MIRRORED: self._waiting_for_mirror()}
+        saved = saved_checkpoints(ledger, set(ledger.saved) - ledger.pruned)
+        removed = False
+        for episode in self._options.retention.removable(saved, protected):
             try:
-                remove_checkpoint(self.folder, episode)
+                if evict(self.folder, episode) is not None:
+                    continue  # A resume reads it, or it was pinned just now: its turn comes again.
+                removed = True
                 self._chunks.discard(episode)
                 self._journal.add_pruned(episode)
             except OSError as error:
                 logger.warning("An old checkpoint could not be removed: %s", error)
-        if removable:
+        if removed:
             self._chunks.sweep()
+
+    def _waiting_for_mirror(self) -> set[int]:
+        if not self._mirrored:
+            return set()
+        protected, given_up = self._options.backlog.split(self._journal.waiting_for_mirror())
+        if given_up - self._gave_up:
+            logger.error(
+                "%d checkpoints wait for MLflow, more than max_unmirrored_checkpoints allows: "
+                "the oldest are removed from disk without a copy",
+                len(given_up) + len(protected),
+            )
+            self._gave_up |= given_up
+        return protected
 
     def _beat(self) -> None:
         while not self._ended.wait(self._options.heartbeat_seconds):

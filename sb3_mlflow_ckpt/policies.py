@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -27,25 +29,65 @@ class EveryNEpisodes:
         return after // self.interval * self.interval
 
 
+class SavedCheckpoint(NamedTuple):
+    """What retention knows of a checkpoint: its episode, and the mean reward of its last episodes."""
+
+    episode: int
+    mean_reward: float | None = None
+
+
 @dataclass(frozen=True)
-class KeepLastN:
-    """Keep the `n` checkpoints that were committed last; 0 keeps all."""
+class Retention:
+    """Which checkpoints stay: the last, the best, and milestones beside them.
 
-    n: int = 3
+    Attributes:
+        last_n: How many of those that were committed last stay; 0 keeps all.
+        best_n: How many of those with the highest `mean_reward` stay; of equal ones the newer.
+        every_n_episodes: The first checkpoint at or after each multiple of it stays; 0 keeps no milestones.
+    """
 
-    def removable(self, episodes: Sequence[int], protected: Collection[int] = ()) -> list[int]:
-        """Return the episodes to remove, oldest first.
+    last_n: int = 3
+    best_n: int = 0
+    every_n_episodes: int = 0
 
-        The newest checkpoint is never removed, nor is a protected one; protected ones count among the kept.
+    def reasons(
+        self, saved: Sequence[SavedCheckpoint], protected: Mapping[str, Collection[int]] | None = None
+    ) -> dict[int, tuple[str, ...]]:
+        """Return why each checkpoint stays; one without a reason is removable.
 
         Args:
-            episodes: What is there, in the order of its commit: a run that went back to an older checkpoint
-                commits lower numbers after higher ones.
-            protected: What must stay whatever its age (not mirrored yet, in use by a resume, ...).
+            saved: What is there, in the order of its commit: a run that went back to an older checkpoint commits
+                lower numbers after higher ones.
+            protected: What must stay whatever its age, by the reason (pinned, in use, not mirrored, ...).
         """
-        if self.n <= 0:
-            return []
-        return [episode for episode in episodes[: -self.n] if episode not in protected]
+        groups: dict[str, Collection[int]] = dict(protected or {})
+        episodes = [item.episode for item in saved]
+        groups["last"] = episodes[-self.last_n :] if self.last_n > 0 else episodes
+        groups["best"] = self._best(saved)
+        groups["milestone"] = self._milestones(episodes)
+        return {e: tuple(reason for reason, members in groups.items() if e in members) for e in episodes}
+
+    def removable(
+        self, saved: Sequence[SavedCheckpoint], protected: Mapping[str, Collection[int]] | None = None
+    ) -> list[int]:
+        """Return the episodes to remove, oldest first; see `reasons`. The newest is never among them."""
+        return [episode for episode, reasons in self.reasons(saved, protected).items() if not reasons]
+
+    def _best(self, saved: Sequence[SavedCheckpoint]) -> set[int]:
+        ranked = [
+            (item.mean_reward, order, item.episode)
+            for order, item in enumerate(saved)
+            if item.mean_reward is not None and not math.isnan(item.mean_reward)
+        ]
+        return {episode for _, _, episode in sorted(ranked, reverse=True)[: max(self.best_n, 0)]}
+
+    def _milestones(self, episodes: Sequence[int]) -> set[int]:
+        if self.every_n_episodes <= 0:
+            return set()
+        first: dict[int, int] = {}
+        for episode in sorted(episodes):
+            first.setdefault(episode // self.every_n_episodes, episode)
+        return {episode for multiple, episode in first.items() if multiple > 0}
 
 
 @dataclass(frozen=True)

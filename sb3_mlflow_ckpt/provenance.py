@@ -48,12 +48,17 @@ def version_differences(recorded: Mapping[str, str]) -> str:
 def environment() -> dict[str, Any]:
     """Return `host`, `pid`, `command` (without credentials), `git` and `versions` of this process."""
     return {
-        "host": socket.gethostname(),
+        "host": hostname(),
         "pid": os.getpid(),
         "command": redact(shlex.join([sys.executable, *map(redact_argument, sys.orig_argv[1:])])),
         "git": git_state(),
         "versions": versions(),
     }
+
+
+def hostname() -> str:
+    """Return how records name this machine."""
+    return socket.gethostname()
 
 
 def git_state() -> dict[str, Any] | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 
-from filelock import FileLock, Timeout
-
+from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.errors import CheckpointError
 from sb3_mlflow_ckpt.journal import committed_episodes
-from sb3_mlflow_ckpt.layout import RunFolder, chunk_range, entry_chunk
-from sb3_mlflow_ckpt.metadata import CheckpointMetadata
+from sb3_mlflow_ckpt.layout import RunFolder, chunk_range, entry_chunk, metadata_episode
+from sb3_mlflow_ckpt.leases import leased_episodes
+from sb3_mlflow_ckpt.metadata import CheckpointMetadata, parse_metadata
 from sb3_mlflow_ckpt.verification import read_metadata, replacement_of
 
 logger = logging.getLogger(__name__)
@@ -55,16 +56,40 @@ class ChunkSweeper:
         self._unknown.discard(episode)
         self._needed.pop(episode, None)
 
-    def sweep(self) -> None:
-        """Remove the chunks that no checkpoint needs; never while one of the run's checkpoints is being written."""
-        if self._unknown:
-            return
-        orphans = self._names() - frozenset().union(*self._needed.values())
-        for name in orphans:
+    def sweep(self) -> list[str]:
+        """Remove the chunks that no checkpoint needs; never while one of the run's checkpoints is being written.
+
+        Returns:
+            Their names.
+        """
+        swept = []
+        for name in self.orphans():
             try:
                 self._folder.chunk(name).unlink(missing_ok=True)
+                swept.append(name)
             except OSError as error:
                 logger.warning("An old replay chunk could not be removed: %s", error)
+        return swept
+
+    def orphans(self) -> list[str]:
+        """Return the chunks that nothing needs: no checkpoint, none that was set aside, and no resume."""
+        if self._unknown:
+            return []
+        orphans = self._names() - frozenset().union(*self._needed.values())
+        if orphans and leased_episodes(self._folder):
+            return []  # A resume may still read what an episode that was saved again needed before.
+        return sorted(orphans - self._set_aside()) if orphans else []
+
+    def _set_aside(self) -> set[str]:
+        """Return the chunks that a checkpoint needs which a repair set aside: somebody may still mend it."""
+        needed: set[str] = set()
+        if not self._folder.set_aside.is_dir() or self._folder.set_aside.is_symlink():
+            return needed
+        for path in self._folder.set_aside.iterdir():
+            if metadata_episode(path.name) is not None:
+                with suppress(CheckpointError, OSError):
+                    needed |= needed_chunks(parse_metadata(atomic.read_bytes(path), path))
+        return needed
 
     def _names(self) -> set[str]:
         if self._folder.replay.is_symlink():
@@ -73,14 +98,3 @@ class ChunkSweeper:
             return {name for name in os.listdir(self._folder.replay) if chunk_range(name) is not None}
         except (FileNotFoundError, NotADirectoryError):
             return set()
-
-
-def sweep_chunks(folder: RunFolder) -> None:
-    """Remove a run's chunks that no checkpoint needs, unless a live run holds the folder: it does so itself."""
-    if not folder.replay.is_dir():
-        return
-    try:
-        with FileLock(folder.lock, timeout=0):
-            ChunkSweeper(folder).sweep()
-    except (Timeout, OSError) as error:
-        logger.debug("The replay chunks of %s are left as they are: %s", folder.path, error)

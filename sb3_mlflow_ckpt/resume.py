@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, run_folders
+from sb3_mlflow_ckpt.checkpoints import lease_latest, run_folders
 from sb3_mlflow_ckpt.errors import (
     CheckpointCorruptError,
     CheckpointNotFoundError,
@@ -17,6 +17,7 @@ from sb3_mlflow_ckpt.errors import (
     InvalidIdError,
 )
 from sb3_mlflow_ckpt.layout import RunFolder, model_path
+from sb3_mlflow_ckpt.leases import Lease, lease_checkpoint
 from sb3_mlflow_ckpt.loading import read_source
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata
 from sb3_mlflow_ckpt.verification import verify_checkpoint
@@ -33,11 +34,13 @@ class ResumeSource:
         path: Its zip.
         uri: How a record names it: the absolute path, or the `runs:/` URI that it came from.
         metadata: Its metadata.
+        lease: Holds it until the run that goes on from it has a checkpoint of its own.
     """
 
     path: Path
     uri: str
     metadata: CheckpointMetadata
+    lease: Lease | None = field(default=None, repr=False, compare=False)
     # Removes a download when the source is no longer used.
     _download: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False, compare=False)
 
@@ -73,7 +76,7 @@ def resolve_checkpoint(
     if reference.startswith("runs:/"):
         return _from_mlflow(reference, tracking_uri)
     if reference in ("latest", "auto"):
-        path = latest_checkpoint(checkpoint_dir, agent_id=agent_id, accept=accept)
+        path, lease = lease_latest(checkpoint_dir, agent_id=agent_id, accept=accept)
         if path is None:
             if reference == "auto":
                 return None
@@ -82,17 +85,17 @@ def resolve_checkpoint(
                 f"{checkpoint_dir} holds none of this agent that verifies{_other_agents(checkpoint_dir)}; "
                 "auto starts a new training",
             )
-        return _from_path(path)
+        return _from_path(path, lease=lease)
     try:
         path = Path(reference).expanduser()
         is_folder = path.is_dir()
     except (OSError, RuntimeError) as error:
         raise CheckpointNotFoundError(reference, f"It is no path here: {getattr(error, 'strerror', error)}") from error
     if is_folder:
-        newest = _newest_in(path)
+        newest, lease = _newest_in(path)
         if newest is None:
             raise CheckpointNotFoundError(reference, "The folder is not a run folder with a checkpoint that verifies")
-        return _from_path(newest)
+        return _from_path(newest, lease=lease)
     return _from_path(path, algo)
 
 
@@ -110,25 +113,29 @@ def check_spaces(source: ResumeSource, env: VecEnv) -> None:
             )
 
 
-def _from_path(path: Path, algo: str | None = None) -> ResumeSource:
+def _from_path(path: Path, algo: str | None = None, lease: Lease | None = None) -> ResumeSource:
+    # Before it is verified: from here on nobody removes it.
+    lease = lease or lease_checkpoint(path)
     try:
         metadata = read_source(path, algo)
     except IncompatibleCheckpointError:
         raise
     except CheckpointCorruptError as error:
-        whole = _newest_in(path.absolute().parent)
+        whole, other = _newest_in(path.absolute().parent)
+        if other is not None:
+            other.release()
         hint = f"The newest beside it that verifies is {whole}" if whole else "None beside it verifies"
         raise CheckpointCorruptError(error.path, error.cause, hint) from error
     zip_path = model_path(path).absolute()
-    return ResumeSource(zip_path, str(zip_path), metadata)
+    return ResumeSource(zip_path, str(zip_path), metadata, lease)
 
 
-def _newest_in(path: Path) -> Path | None:
+def _newest_in(path: Path) -> tuple[Path | None, Lease | None]:
     try:
         folder = RunFolder.at(path)
     except InvalidIdError:
-        return None  # Not a folder of ours: its name could not be an id.
-    return latest_checkpoint(folder.checkpoint_dir, folder.run_id, folder.agent_id)
+        return None, None  # Not a folder of ours: its name could not be an id.
+    return lease_latest(folder.checkpoint_dir, folder.run_id, folder.agent_id)
 
 
 def _other_agents(checkpoint_dir: str) -> str:
@@ -141,4 +148,4 @@ def _from_mlflow(uri: str, tracking_uri: str | None) -> ResumeSource:
 
     folder = tempfile.TemporaryDirectory(prefix="sb3_mlflow_ckpt-")
     download = download_checkpoint(uri, Path(folder.name), tracking_uri)
-    return ResumeSource(download.path, download.uri, verify_checkpoint(download.path), folder)
+    return ResumeSource(download.path, download.uri, verify_checkpoint(download.path), None, folder)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sb3_mlflow_ckpt.checkpoints import Origin
 from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointLoadError, IncompatibleCheckpointError
 from sb3_mlflow_ckpt.layout import chunk_path
+from sb3_mlflow_ckpt.origins import Origin
 from sb3_mlflow_ckpt.provenance import version_differences
 from sb3_mlflow_ckpt.state.archive import read_exact
 from sb3_mlflow_ckpt.state.callbacks import CallbackStates

@@ -73,11 +73,11 @@ def sync_runs(
             continue
         try:
             try:
-                mirrors = _mirrors(journal.record, tracking_uri, mongo_uri, mongo_db)
+                mirrors = mirrors_of(journal.record, tracking_uri, mongo_uri, mongo_db)
             except ConfigError as error:
                 results.append(SyncResult(folder.path, "", str(error)))
                 continue
-            results += [_send(folder, journal, mirror) for mirror in mirrors]
+            results += [send(folder, journal, mirror) for mirror in mirrors]
             if not mirrors:
                 results.append(SyncResult(folder.path, "no mirror", None))
         finally:
@@ -85,7 +85,8 @@ def sync_runs(
     return results
 
 
-def _send(folder: RunFolder, journal: RunJournal, mirror: Mirror) -> SyncResult:
+def send(folder: RunFolder, journal: RunJournal, mirror: Mirror) -> SyncResult:
+    """Send what one mirror lacks of a run, and close it."""
     try:
         mirror.replicate(journal)
     except Exception as error:
@@ -97,7 +98,7 @@ def _send(folder: RunFolder, journal: RunJournal, mirror: Mirror) -> SyncResult:
     return SyncResult(folder.path, mirror.name, None)
 
 
-def _mirrors(
+def mirrors_of(
     record: Mapping[str, Any], tracking_uri: str | None, mongo_uri: str | None, mongo_db: str | None
 ) -> list[Mirror]:
     """Return the mirrors of a run: those that its record names, at the addresses given or else at its own.
@@ -111,9 +112,17 @@ def _mirrors(
         from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror
 
         known = record.get("mlflow") or {}
-        keep = (record.get("config") or {}).get("mlflow_keep_last_n_checkpoints", 0)
+        config = record.get("config") or {}
         address = tracking_uri or _tracking_uri(known.get("tracking_uri"))
-        mirrors.append(MLflowMirror(address, known.get("experiment_name"), keep_last_n=keep))
+        mirrors.append(
+            MLflowMirror(
+                address,
+                known.get("experiment_name"),
+                keep_last_n=config.get("mlflow_keep_last_n_checkpoints", 0),
+                keep_best_n=config.get("keep_best_n", 0),
+                keep_every_n_episodes=config.get("keep_every_n_episodes", 0),
+            )
+        )
     if mongo_uri is not None or "MongoDB" in names:
         from sb3_mlflow_ckpt.mirrors.mongo import MongoMirror
 

@@ -26,7 +26,6 @@ from sb3_mlflow_ckpt.algorithms import (
     check_hyperparameters,
     default_learning_rate,
 )
-from sb3_mlflow_ckpt.checkpoints import note_origin
 from sb3_mlflow_ckpt.config import TrainingConfig, differences
 from sb3_mlflow_ckpt.environments import make_env
 from sb3_mlflow_ckpt.errors import (
@@ -36,6 +35,7 @@ from sb3_mlflow_ckpt.errors import (
     TrainingInterrupted,
 )
 from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror
+from sb3_mlflow_ckpt.origins import note_origin
 from sb3_mlflow_ckpt.replication import Mirror
 from sb3_mlflow_ckpt.resume import ResumeSource, check_spaces, resolve_checkpoint
 from sb3_mlflow_ckpt.runs.document import plain
@@ -168,6 +168,7 @@ def train(config: TrainingConfig, *, reporter: Reporter | None = None) -> Traini
     if resolved.num_timesteps >= resolved.config.total_timesteps:
         metadata = resolved.source.metadata if resolved.source is not None else None
         episode = metadata.episode if metadata is not None else 0
+        _release(resolved)
         return TrainingResult(resolved, resolved.num_timesteps, episode, None, None, None, [])
     seed = _seed(resolved)
     env = make_env(resolved.config, seed=seed)
@@ -175,6 +176,7 @@ def train(config: TrainingConfig, *, reporter: Reporter | None = None) -> Traini
         model = _model(resolved, env, seed)
         return _learn(resolved, model, reporter)
     finally:
+        _release(resolved)
         # A worker that a signal ended cannot be closed any more; the training's own error is what counts.
         with contextlib.suppress(OSError, EOFError):
             env.close()
@@ -188,7 +190,11 @@ def _learn(resolved: ResolvedTraining, model: BaseAlgorithm, reporter: Reporter 
 
     config = resolved.config
     mlflow_mirror = MLflowMirror(
-        config.tracking_uri, config.experiment_name, keep_last_n=config.mlflow_keep_last_n_checkpoints
+        config.tracking_uri,
+        config.experiment_name,
+        keep_last_n=config.mlflow_keep_last_n_checkpoints,
+        keep_best_n=config.keep_best_n,
+        keep_every_n_episodes=config.keep_every_n_episodes,
     )
     mirrors: list[Mirror] = [mlflow_mirror] if config.mlflow else []
     if config.mongo_uri is not None:
@@ -199,6 +205,8 @@ def _learn(resolved: ResolvedTraining, model: BaseAlgorithm, reporter: Reporter 
         config.checkpoint_interval_episodes,
         config.keep_last_n_checkpoints,
         config.checkpoint_dir,
+        keep_best_n=config.keep_best_n,
+        keep_every_n_episodes=config.keep_every_n_episodes,
         agent_id=config.agent,
         run_id=config.run_id,
         run_name=config.run_name or f"{config.algo} {config.env_id}",
@@ -261,8 +269,13 @@ def _model(resolved: ResolvedTraining, env: VecEnv, seed: int) -> BaseAlgorithm:
     for name in sorted(overridden & _INITIAL_ONLY):
         logger.warning("%s has no effect: it sets initial parameters, and they come from the checkpoint", name)
     restore(model, source.path, source.uri, source.metadata, overridden=overridden, trusted=trusted)
-    note_origin(model, source.uri, source.metadata, source.path, resolved.lacking)
+    note_origin(model, source.uri, source.metadata, source.path, resolved.lacking, source.lease)
     return model
+
+
+def _release(resolved: ResolvedTraining) -> None:
+    if resolved.source is not None and resolved.source.lease is not None:
+        resolved.source.lease.release()
 
 
 def _inherit(config: TrainingConfig, source: ResumeSource) -> tuple[TrainingConfig, dict[str, Any]]:

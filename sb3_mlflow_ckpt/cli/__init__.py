@@ -6,6 +6,7 @@ import click
 
 from sb3_mlflow_ckpt.cli.checkpoints import checkpoints_group
 from sb3_mlflow_ckpt.cli.commands import Group
+from sb3_mlflow_ckpt.cli.doctor import doctor_command
 from sb3_mlflow_ckpt.cli.environments import check_env_command
 from sb3_mlflow_ckpt.cli.runs import runs_group
 from sb3_mlflow_ckpt.cli.training import train_command
@@ -18,5 +19,5 @@ def main() -> None:
     """Checkpoints, resume and run history for Stable-Baselines3, mirrored to MLflow and MongoDB."""
 
 
-for _command in (train_command, checkpoints_group, runs_group, check_env_command):
+for _command in (train_command, checkpoints_group, runs_group, doctor_command, check_env_command):
     main.add_command(_command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -24,7 +25,7 @@ from sb3_mlflow_ckpt.printable import printable
 
 @click.group("checkpoints", cls=Group)
 def checkpoints_group() -> None:
-    """List, verify, prune and sync checkpoints."""
+    """List, verify, pin, prune, repair and sync checkpoints."""
 
 
 @checkpoints_group.command("list")
@@ -58,7 +59,9 @@ def verify_command(
     run_id: str | None,
     as_json: bool,
 ) -> None:
-    """Check sizes, hashes and metadata of checkpoints: the zips and run folders named, else all that there are.
+    """Check sizes, hashes and metadata of checkpoints, replay buffers included: those named, else all there are.
+
+    A zip, a run folder, an agent's folder or the folder of all agents can be named.
 
     Exits with 1 if one is not whole.
     """
@@ -88,22 +91,111 @@ def verify_command(
     metavar="INTEGER",
     help="How many to keep of each run; 0 keeps all",
 )
-@click.option("--dry-run", is_flag=True, help="Print what would go and remove nothing")
+@click.option(
+    "--keep-best-n",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="INTEGER",
+    help="How many of the highest mean reward to keep beside them",
+)
+@click.option(
+    "--keep-every-n-episodes",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="INTEGER",
+    help="Keep the first checkpoint at or after each multiple of it as well; 0 is none",
+)
+@click.option("--dry-run", is_flag=True, help="Print what would go and why the rest stays, and remove nothing")
 @with_options(checkpoint_dir_option, agent_id_option, run_id_option, json_option)
 def prune_command(
-    keep_last_n: int, dry_run: bool, checkpoint_dir: str, agent_id: str | None, run_id: str | None, as_json: bool
+    keep_last_n: int,
+    keep_best_n: int,
+    keep_every_n_episodes: int,
+    dry_run: bool,
+    checkpoint_dir: str,
+    agent_id: str | None,
+    run_id: str | None,
+    as_json: bool,
 ) -> None:
-    """Remove all but the newest checkpoints of each run, and print what went."""
-    from sb3_mlflow_ckpt.checkpoints import prune_checkpoints
+    """Remove all but the newest checkpoints of each run, its best and its milestones, and print what went.
 
-    removed = prune_checkpoints(
-        _existing(checkpoint_dir), run_id=run_id, agent_id=agent_id, keep_last_n=keep_last_n, dry_run=dry_run
-    )
+    Never the newest one that verifies, a pinned one, one that somebody resumes from, nor one that MLflow has not
+    yet. A run that is training now is left to its own process.
+    """
+    from sb3_mlflow_ckpt.checkpoints import run_folders
+    from sb3_mlflow_ckpt.policies import Retention
+    from sb3_mlflow_ckpt.pruning import prune_runs
+
+    folders = run_folders(_existing(checkpoint_dir), run_id, agent_id)
+    pruned = prune_runs(folders, Retention(keep_last_n, keep_best_n, keep_every_n_episodes), dry_run=dry_run)
+    removed = [path for pruning in pruned for path in pruning.removed]
+    kept = {path: why for pruning in pruned for path, why in pruning.kept.items()}
+    for pruning in pruned:
+        if pruning.problem:
+            click.echo(printable(f"{pruning.folder.path}: {pruning.problem}"), err=True)
     if as_json:
-        print_json([str(path) for path in removed])
+        stays = [{"path": str(path), "why": list(why)} for path, why in kept.items()]
+        print_json({"removed": [str(path) for path in removed], "kept": stays, "dry_run": dry_run})
         return
     for path in removed:
         click.echo(path)
+    for path, why in kept.items() if dry_run else ():
+        click.echo(printable(f"# {path} stays: {', '.join(why)}"))
+
+
+@checkpoints_group.command("pin")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+def pin_command(paths: tuple[str, ...]) -> None:
+    """Keep checkpoints from being removed, also by a run that is training now; print their paths."""
+    from sb3_mlflow_ckpt.checkpoints import pin_checkpoint
+
+    for path in paths:
+        click.echo(pin_checkpoint(path))
+
+
+@checkpoints_group.command("unpin")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+def unpin_command(paths: tuple[str, ...]) -> None:
+    """Let checkpoints be removed again when their turn comes; print their paths."""
+    from sb3_mlflow_ckpt.checkpoints import unpin_checkpoint
+
+    for path in paths:
+        click.echo(unpin_checkpoint(path))
+
+
+@checkpoints_group.command("repair")
+@click.option("--dry-run", is_flag=True, help="Print what is wrong and change nothing")
+@with_options(checkpoint_dir_option, agent_id_option, run_id_option, tracking_uri_option, json_option)
+@click.pass_context
+def repair_command(
+    ctx: click.Context,
+    dry_run: bool,
+    checkpoint_dir: str,
+    agent_id: str | None,
+    run_id: str | None,
+    tracking_uri: str | None,
+    as_json: bool,
+) -> None:
+    """Bring the run folders in order that nobody trains in, and print what was wrong and what was done, a line each.
+
+    What a crash left half-done is finished, what is damaged is fetched from MLflow or set aside, never deleted.
+    Exits with 1 if something stays broken.
+    """
+    from sb3_mlflow_ckpt.checkpoints import run_folders
+    from sb3_mlflow_ckpt.repair import repair_runs
+
+    folders = [*run_folders(_existing(checkpoint_dir), run_id, agent_id)]
+    repairs = []
+    for repair in repair_runs(folders, tracking_uri=tracking_uri, dry_run=dry_run):
+        repairs.append(repair)
+        if not as_json:
+            click.echo(printable(f"{repair.folder}: {repair.defect}: {repair.action}"))
+    if as_json:
+        print_json([asdict(repair) for repair in repairs])
+    elif not repairs:
+        click.echo(f"Nothing to repair in {checkpoint_dir}")
+    if any(not repair.mended for repair in repairs):
+        ctx.exit(FAILURE_EXIT_CODE)
 
 
 @checkpoints_group.command("sync")

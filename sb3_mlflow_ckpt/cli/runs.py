@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
-from sb3_mlflow_ckpt.cli.commands import Group, print_json
+from sb3_mlflow_ckpt.cli.commands import FAILURE_EXIT_CODE, Group, print_json
 from sb3_mlflow_ckpt.cli.options import (
     agent_id_option,
     checkpoint_dir_option,
     json_option,
     mongo_db_option,
     mongo_uri_option,
+    run_id_option,
+    tracking_uri_option,
     with_options,
 )
+from sb3_mlflow_ckpt.printable import printable
 
 if TYPE_CHECKING:
     from sb3_mlflow_ckpt.runs.reader import RunReader
@@ -22,7 +27,7 @@ if TYPE_CHECKING:
 
 @click.group("runs", cls=Group)
 def runs_group() -> None:
-    """List and show training runs."""
+    """List, show and settle training runs."""
 
 
 @runs_group.command("list")
@@ -64,6 +69,71 @@ def runs_show_command(run_id: str, checkpoint_dir: str, mongo_uri: str | None, m
     from sb3_mlflow_ckpt.cli.tables import print_run
 
     print_run(run)
+
+
+@runs_group.command("reap")
+@click.option("--dry-run", is_flag=True, help="Print what would be settled and change nothing")
+@click.option(
+    "--mlflow-orphans", is_flag=True, help="Also set MLflow runs of this project FAILED that have no folder here"
+)
+@with_options(
+    checkpoint_dir_option,
+    agent_id_option,
+    run_id_option,
+    tracking_uri_option,
+    mongo_uri_option,
+    mongo_db_option,
+    json_option,
+)
+@click.pass_context
+def runs_reap_command(
+    ctx: click.Context,
+    dry_run: bool,
+    mlflow_orphans: bool,
+    checkpoint_dir: str,
+    agent_id: str | None,
+    run_id: str | None,
+    tracking_uri: str | None,
+    mongo_uri: str | None,
+    mongo_db: str,
+    as_json: bool,
+) -> None:
+    """Settle the runs whose process is dead: failed, ended at their last heartbeat, here and in their mirrors.
+
+    A run whose process lives is left alone, and one of another host until its heartbeat is stale. Exits with 1 if
+    something could not be settled or sent.
+    """
+    from sb3_mlflow_ckpt.reap import reap_mlflow_orphans, reap_runs, tracking_uris
+
+    # The option's default must not win over the database that the run was sent to.
+    database = None if ctx.get_parameter_source("mongo_db") is ParameterSource.DEFAULT else mongo_db
+    results = reap_runs(
+        checkpoint_dir,
+        run_id=run_id,
+        agent_id=agent_id,
+        tracking_uri=tracking_uri,
+        mongo_uri=mongo_uri,
+        mongo_db=database,
+        dry_run=dry_run,
+    )
+    addresses: list[str | None] = []
+    if run_id is None and agent_id is None:
+        addresses += [tracking_uri] if tracking_uri else tracking_uris(checkpoint_dir)
+        if mlflow_orphans and not addresses:
+            addresses.append(None)
+    for address in addresses:
+        results += reap_mlflow_orphans(address, checkpoint_dir, fail=mlflow_orphans and not dry_run)
+    if as_json:
+        print_json([asdict(result) for result in results])
+    for result in [] if as_json else results:
+        parts = (result.where, result.run_id, result.action, result.detail, result.problem)
+        click.echo(printable(": ".join(part for part in parts if part)))
+    if any(result.action == "orphan" for result in results):
+        click.echo("Set the orphans FAILED with: sb3-mlflow-ckpt runs reap --mlflow-orphans", err=True)
+    if not results and not as_json:
+        click.echo(f"No run in {checkpoint_dir} says that it is running")
+    if any(result.problem for result in results):
+        ctx.exit(FAILURE_EXIT_CODE)
 
 
 def _reader(checkpoint_dir: str, mongo_uri: str | None, mongo_db: str) -> RunReader:

@@ -41,12 +41,13 @@ def print_run(run: Mapping[str, Any]) -> None:
     console.print(facts)
     checkpoints = run.get("checkpoint_paths") or ()
     if checkpoints:
-        table = Table("checkpoint", "episode", "timesteps", "reward", "trigger", "state", box=None)
+        table = Table("checkpoint", "episode", "timesteps", "reward", "trigger", "state", "pinned", box=None)
         for item in checkpoints:
             cells = (item.get(key) for key in ("episode", "num_timesteps", "mean_reward", "trigger", "state"))
+            pinned = "yes" if item.get("pinned") else None
             # What can be typed after --resume-from-checkpoint: the copy in MLflow where the disk has it no more.
             where = item.get("path") if item.get("on_disk") else item.get("uri") or item.get("path")
-            table.add_row(_text(str(where)), *(_text(cell) for cell in cells))
+            table.add_row(_text(str(where)), *(_text(cell) for cell in (*cells, pinned)))
         console.print(table)
 
 

@@ -17,7 +17,8 @@ from sb3_mlflow_ckpt.errors import MirrorUnavailableError
 from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.layout import ARTIFACT_FOLDER, REPLAY_FOLDER, chunk_entry
 from sb3_mlflow_ckpt.mirrors import naming
-from sb3_mlflow_ckpt.policies import KeepLastN
+from sb3_mlflow_ckpt.pins import pinned_episodes
+from sb3_mlflow_ckpt.policies import Retention, SavedCheckpoint
 from sb3_mlflow_ckpt.runs.document import TERMINAL_STATUSES, redact
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class MLflowMirror:
         experiment_name: The experiment of a new run; MLflow's own setting where it is None.
         run_id: An MLflow run to continue.
         keep_last_n: Checkpoints kept as artifacts; 0 keeps all.
+        keep_best_n: Checkpoints of the highest mean reward that are kept beside them.
+        keep_every_n_episodes: The first checkpoint at or after each multiple of it is kept as well; 0 is none.
     """
 
     name = "MLflow"
@@ -83,11 +86,13 @@ class MLflowMirror:
         *,
         run_id: str | None = None,
         keep_last_n: int = 0,
+        keep_best_n: int = 0,
+        keep_every_n_episodes: int = 0,
     ) -> None:
         self._tracking_uri = tracking_uri
         self._experiment_name = experiment_name
         self._given_run_id = run_id
-        self._retention = KeepLastN(keep_last_n)
+        self._retention = Retention(keep_last_n, keep_best_n, keep_every_n_episodes)
         self._client: MlflowClient | None = None
         self._patience_set: list[str] = []
         self._trains = False
@@ -368,8 +373,14 @@ class MLflowMirror:
             self._sent_chunks = {file.path.rpartition("/")[2] for file in files}
         return self._sent_chunks
 
+    def _removable(self, journal: RunJournal) -> list[int]:
+        ledger = journal.snapshot()
+        # In the order of the uploads: what was sent last is what a resume from MLflow begins with.
+        copies = [SavedCheckpoint(e, ledger.saved.get(e, {}).get("mean_reward")) for e in ledger.uris]
+        return self._retention.removable(copies, {"pinned": pinned_episodes(journal.folder)})
+
     def _prune(self, client: MlflowClient, run: Run, journal: RunJournal) -> None:
-        removable = self._retention.removable(list(journal.ledger.uris))
+        removable = self._removable(journal)
         if not removable:
             return
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -381,7 +392,7 @@ class MLflowMirror:
                     repository.delete_artifacts(f"{ARTIFACT_FOLDER}/{path.name}")  # type: ignore[no-untyped-call]
                 except NotImplementedError:
                     logger.warning("This artifact store cannot delete: mlflow_keep_last_n_checkpoints keeps all")
-                    self._retention = KeepLastN(0)
+                    self._retention = Retention(0)
                     return
             journal.add_unmirrored(episode)
         ledger = journal.snapshot()

@@ -19,6 +19,7 @@ from pymongo.errors import DuplicateKeyError
 
 from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.journal import RunJournal
+from sb3_mlflow_ckpt.pins import pinned_episodes
 from sb3_mlflow_ckpt.runs.document import SCHEMA_VERSION, redact
 from sb3_mlflow_ckpt.runs.folder import curve_points, entry
 from sb3_mlflow_ckpt.runs.mongo import (
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 # Small enough that a batch ends well within the time that an operation may take.
 _BATCH = 200
 
-_Facts: TypeAlias = tuple[dict[str, Any], "str | None", bool]
+_Facts: TypeAlias = tuple[dict[str, Any], "str | None", bool, bool]
 
 
 @dataclass
@@ -153,14 +154,14 @@ class MongoMirror:
         sent.warned = True
 
     def _send_checkpoints(self, database: MongoDatabase, journal: RunJournal, run_id: str, sent: _Sent) -> None:
-        ledger = journal.snapshot()
+        ledger, pinned = journal.snapshot(), pinned_episodes(journal.folder)
         facts: dict[int, _Facts] = {
-            episode: (saved, ledger.uris.get(episode), episode in ledger.pruned)
+            episode: (saved, ledger.uris.get(episode), episode in ledger.pruned, episode in pinned)
             for episode, saved in ledger.saved.items()
         }
         changed = iter([episode for episode, fact in facts.items() if sent.checkpoints.get(episode) != fact])
         while batch := [*islice(changed, _BATCH)]:
-            entries = [entry(journal.folder, ledger, episode) for episode in batch]
+            entries = [entry(journal.folder, ledger, episode, pinned) for episode in batch]
             _upsert(database[CHECKPOINTS], run_id, entries, ("episode",))
             sent.checkpoints.update({episode: facts[episode] for episode in batch})
 

@@ -147,7 +147,9 @@ def derived_status(record: Mapping[str, Any], now: datetime | None = None) -> st
     return "lost" if age > max(120.0, 8 * interval) else status
 
 
-def checkpoint_entry(saved: Mapping[str, Any], *, path: str, uri: str | None, on_disk: bool) -> dict[str, Any]:
+def checkpoint_entry(
+    saved: Mapping[str, Any], *, path: str, uri: str | None, on_disk: bool, pinned: bool = False
+) -> dict[str, Any]:
     """Return one item of `checkpoint_paths`.
 
     Args:
@@ -156,6 +158,7 @@ def checkpoint_entry(saved: Mapping[str, Any], *, path: str, uri: str | None, on
         path: Where its zip lies or lay.
         uri: Its address in the MLflow mirror, if it is there.
         on_disk: Whether the zip is still in the run folder.
+        pinned: Whether it is marked to stay there.
 
     Returns:
         The item; `state` is `mirrored` (a mirror holds it), `local` (only the disk does) or `pruned` (nobody).
@@ -172,4 +175,5 @@ def checkpoint_entry(saved: Mapping[str, Any], *, path: str, uri: str | None, on
         "trigger": saved.get("trigger"),
         "state": "mirrored" if uri else "local" if on_disk else "pruned",
         "on_disk": on_disk,
+        "pinned": pinned and on_disk,
     }

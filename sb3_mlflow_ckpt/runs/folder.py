@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from sb3_mlflow_ckpt.errors import CheckpointCorruptError, CheckpointError, Inva
 from sb3_mlflow_ckpt.journal import CheckpointLedger, committed_episodes, read_record, saved_facts
 from sb3_mlflow_ckpt.layout import RunFolder, check_id, id_spellings
 from sb3_mlflow_ckpt.metadata import parse_metadata
+from sb3_mlflow_ckpt.pins import pinned_episodes
 from sb3_mlflow_ckpt.runs.document import checkpoint_entry
 from sb3_mlflow_ckpt.runs.reader import Document, Documents, spellings, summary
 
@@ -31,7 +32,8 @@ def read_run(folder: RunFolder) -> dict[str, Any]:
     """
     record = _checked_record(folder)
     ledger = read_ledger(folder)
-    return {**record, "checkpoint_paths": [entry(folder, ledger, episode) for episode in sorted(ledger.saved)]}
+    pinned = pinned_episodes(folder)
+    return {**record, "checkpoint_paths": [entry(folder, ledger, episode, pinned) for episode in sorted(ledger.saved)]}
 
 
 def read_ledger(folder: RunFolder) -> CheckpointLedger:
@@ -44,24 +46,28 @@ def read_ledger(folder: RunFolder) -> CheckpointLedger:
     for event in atomic.read_lines(folder.events)[0]:
         ledger.apply(event)
     on_disk = set(committed_episodes(folder))
+    unknown = []
     for episode in on_disk - (set(ledger.saved) - ledger.pruned):
         path = folder.metadata(episode)
         try:
-            ledger.apply({"event": "saved", **saved_facts(parse_metadata(atomic.read_bytes(path), path))})
+            unknown.append(saved_facts(parse_metadata(atomic.read_bytes(path), path)))
         except (OSError, CheckpointError) as error:
             logger.warning("A checkpoint is passed over: %s", error)
+    for facts in sorted(unknown, key=lambda facts: (facts["timestamp"], facts["episode"])):
+        ledger.apply({"event": "saved", **facts})
     for episode in set(ledger.saved) - on_disk:
         ledger.apply({"event": "pruned", "episode": episode})
     return ledger
 
 
-def entry(folder: RunFolder, ledger: CheckpointLedger, episode: int) -> dict[str, Any]:
+def entry(folder: RunFolder, ledger: CheckpointLedger, episode: int, pinned: Collection[int]) -> dict[str, Any]:
     """Return the item of `checkpoint_paths` for an episode that the ledger holds."""
     return checkpoint_entry(
         ledger.saved[episode],
         path=str(folder.model(episode).absolute()),
         uri=ledger.uris.get(episode),
         on_disk=episode not in ledger.pruned,
+        pinned=episode in pinned,
     )
 
 

@@ -140,14 +140,29 @@ def open_database(uri: str, database: str) -> MongoDatabase:
 
 def make_indexes(database: MongoDatabase) -> None:
     """Make the indexes that are missing."""
+    for collection, models in _indexes().items():
+        database[collection].create_indexes(models)
+
+
+def missing_indexes(database: MongoDatabase) -> list[str]:
+    """Return the names of the indexes that are not there, as `collection.index`."""
+    missing = []
+    for collection, models in _indexes().items():
+        there = set(database[collection].index_information())
+        missing += [f"{collection}.{m.document['name']}" for m in models if m.document["name"] not in there]
+    return missing
+
+
+def _indexes() -> dict[str, list[IndexModel]]:
     newest = ("started_at", DESCENDING)
     filters: list[list[tuple[str, int]]] = [[], [("agent_id", ASCENDING)], [("status", ASCENDING)]]
-    database[RUNS].create_indexes([IndexModel([*keys, newest]) for keys in filters])
-    database[CHECKPOINTS].create_indexes([IndexModel([("run_id", ASCENDING), ("episode", ASCENDING)], unique=True)])
     # In the order in which a curve is read: one index finds, sorts and keeps points unique.
-    database[METRICS].create_indexes(
-        [IndexModel([("run_id", ASCENDING), ("time", ASCENDING), ("num_timesteps", ASCENDING)], unique=True)]
-    )
+    points = [("run_id", ASCENDING), ("time", ASCENDING), ("num_timesteps", ASCENDING)]
+    return {
+        RUNS: [IndexModel([*keys, newest]) for keys in filters],
+        CHECKPOINTS: [IndexModel([("run_id", ASCENDING), ("episode", ASCENDING)], unique=True)],
+        METRICS: [IndexModel(points, unique=True)],
+    }
 
 
 @contextmanager

@@ -37,14 +37,14 @@ from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.commit import capture_checkpoint
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.live_run import LiveRun, RunOptions
-from sb3_mlflow_ckpt.policies import KeepLastN
+from sb3_mlflow_ckpt.policies import Retention
 from sb3_mlflow_ckpt.runs.document import new_record
 model = PPO("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [4]}, device="cpu")
 record = new_record(run_id="run", agent_id="a", name=None, algo="ppo", env_id=None, config={}, total_timesteps=9,
                     parent=None, root_run_id=None, heartbeat_seconds=3600, environment={})
 for name in ("replace", "fsync", "unlink"):
     setattr(os, name, dying(getattr(os, name)))
-live = LiveRun(RunFolder(Path("checkpoints"), "a", "run"), record, [], RunOptions(retention=KeepLastN(2)), fresh=False)
+live = LiveRun(RunFolder(Path("checkpoints"), "a", "run"), record, [], RunOptions(retention=Retention(2)), fresh=False)
 for steps, episode in enumerate([1, 2, 2, 3], start=1):
     model.num_timesteps = steps
     live.save(capture_checkpoint(model, agent_id="a", run_id="run", episode=episode))

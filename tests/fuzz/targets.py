@@ -264,7 +264,7 @@ def _events(content: bytes) -> None:
     with _ours():
         ledger = read_ledger(folder)
         for episode in sorted(ledger.saved):
-            item = entry(folder, ledger, episode)
+            item = entry(folder, ledger, episode, pinned=())
             json.dumps(item, allow_nan=False)
             with contextlib.suppress(UnicodeEncodeError):
                 BSON.encode(encode(item))

@@ -318,12 +318,13 @@ def test_verify_takes_a_run_folder_and_prints_json(saved: list[Path]) -> None:
 
 
 def test_prune_keeps_the_newest_of_each_run(saved: list[Path]) -> None:
+    """The run went back from episode 100 to an older checkpoint: the lower number is the newer."""
     dry = run("checkpoints", "prune", "--keep-last-n", "1", "--dry-run")
-    assert dry.stdout == f"{saved[1]}\n"
-    assert saved[1].exists()
+    assert dry.stdout == f"{saved[0]}\n" + "".join(f"# {path} stays: newest, last\n" for path in saved[1:])
+    assert saved[0].exists()
     pruned = run("checkpoints", "prune", "--keep-last-n", "1", "--json")
-    assert json.loads(pruned.stdout) == [str(saved[1])]
-    assert [path.exists() for path in saved] == [True, False, True]
+    assert json.loads(pruned.stdout)["removed"] == [str(saved[0])]
+    assert [path.exists() for path in saved] == [False, True, True]
 
 
 def test_prune_wants_to_be_told_how_many_to_keep() -> None:

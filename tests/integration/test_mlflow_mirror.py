@@ -9,7 +9,7 @@ from typing import Any
 
 import mlflow
 import pytest
-from journals import save, start_run
+from journals import commit, save, start_run
 from mlflow import MlflowClient
 from mlflow_server import MlflowServer
 from processes import wait_for
@@ -18,6 +18,7 @@ from servers import SilentServer
 from sb3_mlflow_ckpt.errors import CheckpointNotFoundError, MirrorUnavailableError
 from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.mirrors.mlflow import LATEST_TAG, MLflowMirror
+from sb3_mlflow_ckpt.pins import pin_checkpoint
 from sb3_mlflow_ckpt.replication import Replicator
 from sb3_mlflow_ckpt.resume import resolve_checkpoint
 
@@ -151,6 +152,20 @@ def test_the_newest_n_stay_in_the_mirror_and_removed_ones_are_not_sent_again(tmp
     assert {Path(file.path).name for file in files if file.path.endswith(".zip")} == {"ep000150.zip", "ep000200.zip"}
     assert len(files) == 4
     assert journal.waiting_for_mirror() == set()
+
+
+def test_the_best_milestones_and_pins_stay_in_the_mirror_beside_the_last(tmp_path: Path, tracking_uri: str) -> None:
+    mirror = MLflowMirror(tracking_uri, keep_last_n=1, keep_best_n=1, keep_every_n_episodes=200)
+    journal = _opened(mirror, tmp_path)
+    for episode, reward in ((50, 1.0), (100, 9.0), (150, 2.0), (200, 3.0), (250, 4.0), (300, 5.0)):
+        metadata = commit(journal.folder, episode).model_copy(update={"metrics": {"mean_reward": reward}})
+        journal.add_saved(metadata)
+        if episode == 50:
+            pin_checkpoint(journal.folder.model(50))
+        mirror.replicate(journal)
+    files = MlflowClient(tracking_uri).list_artifacts(str(mirror.run_id), "checkpoints")
+    kept = {Path(file.path).name for file in files if file.path.endswith(".zip")}
+    assert kept == {"ep000050.zip", "ep000100.zip", "ep000200.zip", "ep000300.zip"}
 
 
 def test_an_episode_that_is_saved_again_while_it_is_sent_is_sent_again(

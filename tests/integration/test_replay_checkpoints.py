@@ -20,7 +20,7 @@ from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.live_run import LiveRun, RunOptions
 from sb3_mlflow_ckpt.mirrors.artifacts import download_checkpoint
 from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror
-from sb3_mlflow_ckpt.policies import KeepLastN
+from sb3_mlflow_ckpt.policies import Retention
 from sb3_mlflow_ckpt.runs.document import new_record
 from sb3_mlflow_ckpt.state.replay.buffer import ReplayRecorder, restore_replay
 
@@ -104,7 +104,7 @@ def test_a_live_run_sweeps_and_nobody_else_does_meanwhile(tmp_path: Path) -> Non
         run_id="run", agent_id="agent", name=None, algo="DQN", env_id=None, config={}, total_timesteps=1, parent=None,
         root_run_id=None, heartbeat_seconds=10.0, environment={},
     )  # fmt: skip
-    live = LiveRun(folder, record, (), RunOptions(retention=KeepLastN(2)))
+    live = LiveRun(folder, record, (), RunOptions(retention=Retention(2)))
     assert _chunks(folder) == set()
     for episode in range(1, 16):
         live.save(training.capture(episode))

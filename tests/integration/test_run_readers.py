@@ -17,8 +17,9 @@ from pymongo import MongoClient
 from sb3_mlflow_ckpt.atomic import append_line
 from sb3_mlflow_ckpt.errors import CheckpointCorruptError, CheckpointNotFoundError, RunNotFoundError
 from sb3_mlflow_ckpt.journal import RunJournal
-from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.layout import RunFolder, pin_path
 from sb3_mlflow_ckpt.mirrors.mongo import MongoMirror
+from sb3_mlflow_ckpt.pins import pin_checkpoint, unpin_checkpoint
 from sb3_mlflow_ckpt.runs.folder import FolderRuns, read_run
 from sb3_mlflow_ckpt.runs.mongo import MongoRuns
 from sb3_mlflow_ckpt.runs.reader import RunReader
@@ -72,6 +73,8 @@ def eventful_run(checkpoint_dir: Path, run_id: str = RUN) -> RunJournal:
     save(journal, 200, b"saved again")
     for step in (10, 20, 30):
         add_point(journal, step, ep_rew_mean=step / 3, **{"train/a.b": None})
+    pin_checkpoint(journal.folder.model(150))
+    pin_path(journal.folder.model(100)).touch()
     journal.update(progress={"num_timesteps": 30, "total_timesteps": 1000}, mlflow={"run_id": run_id})
     return journal
 
@@ -87,10 +90,23 @@ def test_a_run_shows_its_record_and_its_checkpoints_ascending(store: Store, tmp_
         (200, "local", True),
         (1_000_000, "local", True),
     ]
+    # The marker of a checkpoint that is gone says nothing.
+    assert [item["episode"] for item in run["checkpoint_paths"] if item["pinned"]] == [150]
     assert run["checkpoint_paths"][2]["path"] == str(tmp_path / "ppo_agent" / RUN / "ep000150.zip")
     assert run["checkpoint_paths"][3]["bytes"] == len(b"saved again")
     assert (run["run_id"], run["status"], run["schema_version"]) == (RUN, "running", 1)
     json.dumps(run, allow_nan=False)
+
+
+def test_a_pin_that_comes_and_goes_reaches_the_database(mongo_uri: str, mongo_database: str, tmp_path: Path) -> None:
+    for store in mongo_store(mongo_uri, mongo_database):
+        journal = start_run(tmp_path, RUN)
+        save(journal, 50)
+        for change, pinned in ((pin_checkpoint, True), (unpin_checkpoint, False)):
+            change(journal.folder.model(50))
+            store._publish(journal)
+            assert store.reader.get(RUN)["checkpoint_paths"][0]["pinned"] is pinned
+        journal.close()
 
 
 def test_every_store_returns_the_same_document(store: Store, tmp_path: Path) -> None:

@@ -1,0 +1,177 @@
+"""Owns the removal of old checkpoints: what must stay whatever the policy says, and each removal under its lock."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from sb3_mlflow_ckpt import atomic
+from sb3_mlflow_ckpt.commit import remove_checkpoint
+from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointNotFoundError
+from sb3_mlflow_ckpt.journal import CheckpointLedger, committed_episodes, read_record
+from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.leases import leased_episodes, removable, sweep_leases
+from sb3_mlflow_ckpt.metadata import timestamp_now
+from sb3_mlflow_ckpt.pins import is_pinned, pinned_episodes, sweep_pins
+from sb3_mlflow_ckpt.policies import Retention, SavedCheckpoint
+from sb3_mlflow_ckpt.replay_sweep import ChunkSweeper
+from sb3_mlflow_ckpt.runs.folder import read_ledger
+from sb3_mlflow_ckpt.verification import read_metadata, verify_checkpoint
+
+logger = logging.getLogger(__name__)
+
+NEWEST, PINNED, IN_USE, NOT_MIRRORED = "newest", "pinned", "in use", "not mirrored"
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What a prune did, or would do, in one run folder.
+
+    Attributes:
+        folder: The run folder.
+        removed: The zips that went, oldest first.
+        kept: Why each of the others stays.
+        problem: Why nothing was looked at, or why something could not be removed.
+    """
+
+    folder: RunFolder
+    removed: list[Path] = field(default_factory=list)
+    kept: dict[Path, tuple[str, ...]] = field(default_factory=dict)
+    problem: str | None = None
+
+
+def saved_checkpoints(ledger: CheckpointLedger, episodes: Collection[int]) -> list[SavedCheckpoint]:
+    """Return what retention knows of some of a ledger's checkpoints, in the order of their commits.
+
+    One that a repair took up again was committed when its timestamp says, not when it was repaired.
+    """
+    ordered: list[Mapping[str, Any]] = []
+    facts = [facts for episode, facts in ledger.saved.items() if episode in episodes]
+    for saved in sorted(facts, key=lambda facts: bool(facts.get("adopted"))):
+        at = len(ordered)
+        if saved.get("adopted"):
+            later = (i for i, other in enumerate(ordered) if str(other.get("timestamp")) > str(saved.get("timestamp")))
+            at = next(later, at)
+        ordered.insert(at, saved)
+    return [SavedCheckpoint(saved["episode"], _number(saved.get("mean_reward"))) for saved in ordered]
+
+
+def evict(folder: RunFolder, episode: int) -> str | None:
+    """Remove a checkpoint unless somebody uses it or has pinned it; return which of the two, or None.
+
+    The caller holds the folder's lock.
+
+    Raises:
+        OSError: It cannot be removed.
+    """
+    with removable(folder.model(episode)) as free:
+        if not free:
+            return IN_USE
+        # Whoever pins holds a lease meanwhile: from here on no pin can come.
+        if is_pinned(folder.model(episode)):
+            return PINNED
+        remove_checkpoint(folder, episode)
+    return None
+
+
+def prune_runs(folders: Iterable[RunFolder], retention: Retention, *, dry_run: bool = False) -> list[Pruning]:
+    """Prune run folders; one whose run is training now is left to it.
+
+    Args:
+        folders: The run folders.
+        retention: What stays, beside what must.
+        dry_run: Remove nothing.
+    """
+    return [_prune_locked(folder, retention, dry_run=dry_run) for folder in folders]
+
+
+def _prune_locked(folder: RunFolder, retention: Retention, *, dry_run: bool) -> Pruning:
+    try:
+        with FileLock(folder.lock, timeout=0):
+            return _prune(folder, retention, dry_run=dry_run)
+    except Timeout:
+        return Pruning(folder, problem="it is training now; its own process prunes it")
+    except CheckpointError as error:
+        return Pruning(folder, problem=str(error))
+    except OSError as error:
+        if dry_run:
+            # What would go can be told of a folder that cannot be written to.
+            return _prune(folder, retention, dry_run=True)
+        return Pruning(folder, problem=f"it cannot be pruned: {error}")
+
+
+def _prune(folder: RunFolder, retention: Retention, *, dry_run: bool) -> Pruning:
+    ledger = read_ledger(folder)
+    episodes = committed_episodes(folder)
+    protected = {
+        NEWEST: newest_verified(folder, episodes),
+        PINNED: pinned_episodes(folder),
+        IN_USE: leased_episodes(folder),
+        NOT_MIRRORED: _not_mirrored(folder, ledger),
+    }
+    reasons = retention.reasons(saved_checkpoints(ledger, episodes), protected)
+    pruning = Pruning(folder)
+    for episode in episodes:
+        # One whose metadata cannot be read is not in the ledger: it is for a repair, not for a prune.
+        reasons.setdefault(episode, ("damaged",))
+    for episode, why in reasons.items():
+        held = why or (None if dry_run else _evicted(folder, episode))
+        if held:
+            pruning.kept[folder.model(episode)] = held
+        else:
+            pruning.removed.append(folder.model(episode))
+    if not dry_run:
+        ChunkSweeper(folder).sweep()
+        sweep_pins(folder)
+        sweep_leases(folder)
+    return pruning
+
+
+def _evicted(folder: RunFolder, episode: int) -> tuple[str, ...] | None:
+    """Remove a checkpoint and note it; return why that could not be."""
+    try:
+        held = evict(folder, episode)
+    except OSError as error:
+        return (f"it cannot be removed: {error}",)
+    if held is None and folder.events.exists():
+        atomic.append_line(folder.events, {"event": "pruned", "episode": episode, "time": timestamp_now()})
+    return (held,) if held else None
+
+
+def newest_verified(folder: RunFolder, episodes: Sequence[int]) -> set[int]:
+    """Return the episode of the newest checkpoint of a run that verifies; empty where none does."""
+    found = []
+    for episode in episodes:
+        try:
+            found.append((read_metadata(folder.model(episode), settle=False).timestamp, episode))
+        except CheckpointError as error:
+            logger.warning("Passed over: %s", error)
+    for _, episode in sorted(found, reverse=True):
+        try:
+            verify_checkpoint(folder.model(episode))
+        except CheckpointError as error:
+            logger.warning("Passed over: %s", error)
+            continue
+        return {episode}
+    return set()
+
+
+def _not_mirrored(folder: RunFolder, ledger: CheckpointLedger) -> set[int]:
+    try:
+        tracked = "MLflow" in (read_record(folder).get("mirrors") or ())
+    except CheckpointNotFoundError:
+        return set()
+    except CheckpointError as error:
+        logger.warning("Nothing that may still have to be sent is removed: %s", error)
+        tracked = True
+    return ledger.waiting if tracked else set()
+
+
+def _number(value: Any) -> float | None:
+    # A ledger that somebody edited may hold anything.
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
