@@ -15,7 +15,7 @@ from sb3_mlflow_ckpt.journal import committed_episodes, read_record
 from sb3_mlflow_ckpt.layout import RunFolder, check_id, id_spellings
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, ParentReference
 from sb3_mlflow_ckpt.policies import KeepLastN
-from sb3_mlflow_ckpt.replay_sweep import sweep_chunks
+from sb3_mlflow_ckpt.replay_sweep import sweep_run
 from sb3_mlflow_ckpt.runs.folder import read_ledger
 from sb3_mlflow_ckpt.verification import read_metadata, verify_checkpoint
 
@@ -275,7 +275,7 @@ def prune_checkpoints(
                 remove_checkpoint(folder, episode)
             removed.append(folder.model(episode))
         if not dry_run:
-            sweep_chunks(folder)
+            sweep_run(folder)
     return removed
 
 

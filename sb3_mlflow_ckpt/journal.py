@@ -5,8 +5,8 @@
 - `metrics.jsonl`: a point of the learning curve;
 - `checkpoints.jsonl`: `saved`, `mirrored`, `unmirrored`, `pruned`, in the order in which they happened.
 
-The presence of a checkpoint's metadata is its commit; the line `saved` follows it and is made good at the next
-start where a crash came between (`reconcile`).
+The presence of a checkpoint's metadata is its commit; the line `saved` follows it, and is made good at the next
+start where a crash came between (`corrections`), or with the next line where the disk refused it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,24 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sb3_mlflow_ckpt import atomic
-from sb3_mlflow_ckpt.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError, RunFolderBusyError
-from sb3_mlflow_ckpt.layout import LOCK_NAME, REPLAY_FOLDER, TEMPORARY_PREFIX, RunFolder, entry_chunk, metadata_episode
-from sb3_mlflow_ckpt.metadata import CheckpointMetadata, parse_metadata, timestamp_now
+from sb3_mlflow_ckpt.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    InvalidIdError,
+    RunFolderBusyError,
+)
+from sb3_mlflow_ckpt.layout import (
+    LOCK_NAME,
+    REPLAY_FOLDER,
+    TEMPORARY_PREFIX,
+    RunFolder,
+    entry_chunk,
+    metadata_episode,
+    temporary_target,
+)
+from sb3_mlflow_ckpt.metadata import CheckpointMetadata, timestamp_now
+from sb3_mlflow_ckpt.verification import read_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +147,27 @@ class CheckpointLedger:
         return set(self.saved) - set(self.uris) - self.pruned - self.retired
 
 
+def corrections(folder: RunFolder, ledger: CheckpointLedger) -> list[dict[str, Any]]:
+    """Return the lines that a ledger lacks to agree with its folder.
+
+    The two differ where a crash, or this moment, lies between a commit or a removal and its line.
+    """
+    events: list[dict[str, Any]] = []
+    on_disk = committed_episodes(folder)
+    for episode in on_disk:
+        try:
+            facts = saved_facts(read_metadata(folder.model(episode)))
+        except (OSError, CheckpointError) as error:
+            logger.warning("A checkpoint is passed over: %s", error)
+            continue
+        known = ledger.saved.get(episode, {})
+        # An episode that was saved again has other content under the same name.
+        if not known or episode in ledger.pruned or facts["sha256"] != known.get("sha256"):
+            events.append({"event": "saved", **facts})
+    gone = sorted(set(ledger.saved) - set(on_disk) - ledger.pruned)
+    return events + [{"event": "pruned", "episode": episode, "time": timestamp_now()} for episode in gone]
+
+
 class RunJournal:
     """The one writer of a run folder's record, curve and checkpoint ledger. Safe to call from any thread.
 
@@ -159,9 +195,11 @@ class RunJournal:
         events, _ = atomic.read_lines(folder.events)
         for event in events:
             self.ledger.apply(event)
+        # Lines that the disk refused; they go before the next one.
+        self._refused: list[dict[str, Any]] = []
         self._record: dict[str, Any] = read_record(folder) if folder.record.exists() else {}
         self._curve_end = _curve_end(folder.metrics)
-        self._reconcile()
+        self.reconcile()
 
     @property
     def record(self) -> dict[str, Any]:
@@ -236,13 +274,25 @@ class RunJournal:
 
     def close(self) -> None:
         """Release the folder."""
+        with self._lock:
+            self._write_events()
         self._file_lock.release()
 
     def _add_event(self, event: dict[str, Any]) -> None:
+        """Take a fact in, and write it down; a disk that refuses the line does not undo the fact."""
         with self._lock:
-            atomic.append_line(self.folder.events, event)
             self.ledger.apply(event)
+            self._refused.append(event)
+            self._write_events()
         self._notify()
+
+    def _write_events(self) -> None:
+        try:
+            while self._refused:
+                atomic.append_line(self.folder.events, self._refused[0])
+                del self._refused[0]
+        except OSError as error:
+            logger.warning("A line on the run's checkpoints was not written and follows later: %s", error)
 
     def _write_record(self) -> None:
         atomic.write_bytes(self.folder.record, atomic.dump_json(self._record))
@@ -251,19 +301,11 @@ class RunJournal:
         for listener in self._listeners:
             listener()
 
-    def _reconcile(self) -> None:
-        """Make the ledger agree with the folder where a crash came between a commit or removal and its line."""
-        on_disk = set(committed_episodes(self.folder))
-        for episode in sorted(on_disk):
-            if episode in self.ledger.saved and episode not in self.ledger.pruned:
-                continue
-            path = self.folder.metadata(episode)
-            try:
-                self.add_saved(parse_metadata(path.read_bytes(), path))
-            except (OSError, CheckpointError) as error:
-                logger.warning("A checkpoint is passed over: %s", error)
-        for episode in sorted(set(self.ledger.saved) - on_disk - self.ledger.pruned):
-            self.add_pruned(episode)
+    def reconcile(self) -> None:
+        """Make the ledger agree with the folder."""
+        with self._lock:
+            for event in corrections(self.folder, self.ledger):
+                self._add_event(event)
 
 
 def _curve_end(path: Path) -> int:
@@ -279,19 +321,27 @@ def sweep_dead_writers(folder: RunFolder) -> None:
 
     The caller holds this folder's lock. Another one is swept only if nobody holds its lock.
     """
-    _sweep(folder.path)
+    sweep(folder)
     for other in _subfolders(folder.path.parent):
         if other == folder.path or not _temporaries(other):
             continue
         try:
             with FileLock(other / LOCK_NAME, timeout=0):
-                _sweep(other)
-        except (Timeout, OSError) as error:
+                sweep(RunFolder.at(other))
+        except (Timeout, OSError, InvalidIdError) as error:
             logger.debug("%s is left as it is: %s", other, error)
 
 
-def _sweep(folder: Path) -> None:
-    for path in _temporaries(folder):
+def sweep(folder: RunFolder) -> None:
+    """Remove what dead writers left half-written in a run's folder, whose lock the caller holds.
+
+    Metadata under a temporary name is that of a commit or a removal that was not finished. Its zip goes first, so
+    that the next one knows it, too, if this process dies in between.
+    """
+    for path in _temporaries(folder.path):
+        episode = metadata_episode(temporary_target(path.name) or "")
+        if episode is not None and not folder.metadata(episode).exists():
+            folder.model(episode).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sb3_mlflow_ckpt.commit import CheckpointCapture, commit_checkpoint, remove_checkpoint
-from sb3_mlflow_ckpt.errors import RunFolderTakenError, describe
+from sb3_mlflow_ckpt.commit import CheckpointCapture, commit_checkpoint, remedy, remove_checkpoint
+from sb3_mlflow_ckpt.errors import CheckpointSaveError, RunFolderTakenError, describe
 from sb3_mlflow_ckpt.journal import RunJournal, committed_episodes, sweep_dead_writers
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, timestamp_now
@@ -86,7 +86,11 @@ class LiveRun:
         sweep_dead_writers(folder)
         self._chunks = ChunkSweeper(folder)
         self._chunks.sweep()
-        self._journal.start({**record, "mirrors": [mirror.name for mirror in mirrors]})
+        try:
+            self._journal.start({**record, "mirrors": [mirror.name for mirror in mirrors]})
+        except OSError as error:
+            self._journal.close()
+            raise CheckpointSaveError(folder.record, error, remedy(error)) from error
         self._writer = BackgroundWriter()
         self._replicators = [Replicator(mirror, self._journal) for mirror in mirrors]
         for replicator in self._replicators:
@@ -187,7 +191,13 @@ class LiveRun:
             logger.error("The end of the run could not be recorded in %s: %s", self.folder.record, failure)
 
     def _commit(self, capture: CheckpointCapture) -> None:
-        metadata = commit_checkpoint(self.folder, capture)
+        try:
+            metadata = commit_checkpoint(self.folder, capture)
+        except CheckpointSaveError:
+            # It may stand all the same, where the disk failed at the very end: then it is kept like any other.
+            self._chunks.look_at(capture.metadata.episode)
+            self._journal.reconcile()
+            raise
         self._chunks.add(metadata)
         self._journal.add_saved(metadata)
         self.latest, self.latest_metadata = self.folder.model(metadata.episode), metadata

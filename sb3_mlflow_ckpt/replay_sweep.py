@@ -7,8 +7,8 @@ import os
 
 from filelock import FileLock, Timeout
 
-from sb3_mlflow_ckpt.errors import CheckpointError
-from sb3_mlflow_ckpt.journal import committed_episodes
+from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointNotFoundError
+from sb3_mlflow_ckpt.journal import committed_episodes, sweep
 from sb3_mlflow_ckpt.layout import RunFolder, chunk_range, entry_chunk
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata
 from sb3_mlflow_ckpt.verification import read_metadata, replacement_of
@@ -39,16 +39,23 @@ class ChunkSweeper:
         if not self._names():
             return
         for episode in committed_episodes(folder):
-            try:
-                self._needed[episode] = needed_chunks(read_metadata(folder.model(episode), settle=False))
-            except (CheckpointError, OSError) as error:
-                logger.warning("No replay chunks are removed from %s: %s", folder.path, error)
-                self._unknown.add(episode)
+            self.look_at(episode)
 
     def add(self, metadata: CheckpointMetadata) -> None:
         """Note a checkpoint that was committed."""
         self._unknown.discard(metadata.episode)
         self._needed[metadata.episode] = needed_chunks(metadata)
+
+    def look_at(self, episode: int) -> None:
+        """Note what a checkpoint needs by its metadata on disk: nothing, where it has none."""
+        self.discard(episode)
+        try:
+            self._needed[episode] = needed_chunks(read_metadata(self._folder.model(episode), settle=False))
+        except CheckpointNotFoundError:
+            return
+        except (CheckpointError, OSError) as error:
+            logger.warning("No replay chunks are removed from %s: %s", self._folder.path, error)
+            self._unknown.add(episode)
 
     def discard(self, episode: int) -> None:
         """Note that a checkpoint's metadata and zip were removed."""
@@ -73,12 +80,11 @@ class ChunkSweeper:
             return set()
 
 
-def sweep_chunks(folder: RunFolder) -> None:
-    """Remove a run's chunks that no checkpoint needs, unless a live run holds the folder: it does so itself."""
-    if not folder.replay.is_dir():
-        return
+def sweep_run(folder: RunFolder) -> None:
+    """Remove what dead writers left, and chunks that nobody needs, unless a live run holds the folder: it does so."""
     try:
         with FileLock(folder.lock, timeout=0):
+            sweep(folder)
             ChunkSweeper(folder).sweep()
     except (Timeout, OSError) as error:
-        logger.debug("The replay chunks of %s are left as they are: %s", folder.path, error)
+        logger.debug("What lies about in %s is left as it is: %s", folder.path, error)

@@ -93,7 +93,7 @@ def after_recovery(stage: Stage, workload: Workload) -> list[str]:
 
     if workload.clock:
         newest = max(verify_checkpoint(path).num_timesteps for path in list_checkpoints(stage.checkpoints))
-        return [] if newest >= 500 else [f"the resumed training ended at {newest} timesteps"]
+        return [] if newest >= 320 else [f"the resumed training ended at {newest} timesteps"]
     folder = _folder(stage, run_id_of(stage, workload))
     paths = list_checkpoints(stage.checkpoints, run_id=folder.run_id)
     metadata = [verify_checkpoint(path) for path in paths]

@@ -215,7 +215,7 @@ def takeover(stage: Stage) -> None:
     training = _OffPolicy()
     training.model.learn(1, callback=lambda *_: True)
     assert restore_replay(training.model, state, lambda name: parent.chunk(name).open("rb")) == []
-    training.model.num_timesteps = 34
+    training.model.num_timesteps = 40
     training.recorder.continue_from(state, parent.path)
     live = _live(stage)
     training.saves(stage, live, (3, 4))
@@ -359,13 +359,13 @@ def _whole_training(stage: Stage, **settings: Any) -> None:
 
 def ppo(stage: Stage) -> None:
     """A whole training, killed by a clock and resumed with `auto`."""
-    _whole_training(stage, algo="ppo", total_timesteps=600,
+    _whole_training(stage, algo="ppo", total_timesteps=320,
                     hyperparameters={"n_steps": 64, "batch_size": 32, "n_epochs": 2})  # fmt: skip
 
 
 def dqn(stage: Stage) -> None:
     """The same, off-policy with a replay buffer."""
-    _whole_training(stage, algo="dqn", total_timesteps=500,
+    _whole_training(stage, algo="dqn", total_timesteps=320,
                     hyperparameters={"learning_starts": 60, "batch_size": 16, "buffer_size": 200})  # fmt: skip
 
 
@@ -387,10 +387,10 @@ WORKLOADS: dict[str, Workload] = {
         commit, _RUN | _CHECKPOINT | _METRICS, share=30, expected={2: 3, 3: 4}
     ),
     "replay chunks": Workload(
-        replay, _RUN | _CHECKPOINT | _CHUNK, replay=True, share=20, expected={5: 102, 6: 119}
+        replay, _RUN | _CHECKPOINT | _CHUNK, replay=True, share=20, expected={5: 120, 6: 140}
     ),
     "replay chunks taken over by link": Workload(
-        takeover, _RUN | _points("replay-chunk link"), prepare_takeover, replay=True, expected={3: 51, 4: 68}
+        takeover, _RUN | _points("replay-chunk link"), prepare_takeover, replay=True, expected={3: 60, 4: 80}
     ),
     "replay chunks taken over by copy": Workload(
         takeover,
@@ -398,11 +398,11 @@ WORKLOADS: dict[str, Workload] = {
         prepare_takeover,
         faults=[Fault(FAIL, 1, "link:replay-chunk", 18, forever=True)],
         replay=True,
-        expected={3: 51, 4: 68},
+        expected={3: 60, 4: 80},
     ),
     "checkpoints prune": Workload(
         prune, _points("metadata withdraw", "zip unlink", "folder fsync"), prepare_run, replay=True,
-        expected={3: 51, 4: 68},
+        expected={3: 60, 4: 80},
     ),
     "MLflow, files": Workload(
         mlflow, _RUN | _METRICS | _DATABASE | _ARTIFACTS, prepare_mlflow, mirror="mlflow", share=6,
