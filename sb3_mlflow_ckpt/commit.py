@@ -183,7 +183,7 @@ def _commit(folder: RunFolder, capture: CheckpointCapture) -> CheckpointMetadata
             raise
         _rename(folder, metadata, temporary, staged_metadata)
     except OSError as error:
-        raise CheckpointSaveError(path, error, remedy(error)) from error
+        raise save_error(path, error) from error
     except (ValueError, TypeError) as error:
         raise CheckpointSaveError(path, error, "config and extra_state must be plain JSON") from error
     return metadata
@@ -222,6 +222,13 @@ def remedy(error: OSError) -> str:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return _TOO_MANY_FILES
     return _BROKEN if error.errno == errno.EIO else _UNUSABLE
+
+
+def save_error(path: Path, error: OSError) -> CheckpointSaveError:
+    """Return what a disk's error means for the checkpoint that was to lie at `path`, with the remedies."""
+    if isinstance(error, CheckpointSaveError):
+        return error
+    return CheckpointSaveError(path, error, remedy(error))
 
 
 def remove_checkpoint(folder: RunFolder, episode: int) -> None:

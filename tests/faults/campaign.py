@@ -1,372 +1,300 @@
-"""Kills real processes at the points of every protocol, injects I/O errors, and counts what was lost.
+"""Puts faults into every protocol of the product, in real processes, and prints what was lost: nothing.
 
-The whole of it: python tests/faults/campaign.py --kills 1000 --errors 500
+    python tests/faults/campaign.py --kills 1000 --errors 500
+
+kills processes with SIGKILL at every named point and at random instants, makes calls to the disk fail, and prints a
+table. Each fault follows from `--seed` and is told if something was lost by it.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
-import json
+import itertools
 import os
 import random
-import signal
+import shutil
 import statistics
 import sys
 import tempfile
 import time
-import traceback
+import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
+_HERE = Path(__file__).parent
+sys.path[:0] = [str(_HERE), str(_HERE.parent), str(_HERE.parents[1])]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import injection  # noqa: E402 # the path comes first
-import invariants  # noqa: E402
-from injection import FAIL, KILL_AFTER, KILL_BEFORE, SHORT, TEAR, Fault, read_trace  # noqa: E402
-from workloads import WORKLOADS, Stage, Workload, copy_prepared, listen  # noqa: E402
+import injector  # noqa: E402
 
-DEADLINE = 120.0
-_KILLS = (KILL_BEFORE, KILL_AFTER, TEAR)
-_ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EMFILE)
-_NETWORK_ERRORS = (errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT)
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EMFILE)
+_DISK = ("open", "write", "fsync", "rename", "unlink", "link", "mkdir", "truncate")
+_HEADER = ("protocol", "fault", "times", "points met", "lost", "recovery median", "max")
 
 
 @dataclass
 class Row:
-    """What a campaign found out about one protocol."""
+    """A line of the table: what became of one kind of fault in one protocol."""
 
-    name: str
-    kills: int = 0
-    errors: int = 0
-    unmet: int = 0
+    protocol: str
+    fault: str
+    times: int = 0
+    hit: int = 0
     points: Counter[str] = field(default_factory=Counter)
-    struck: Counter[str] = field(default_factory=Counter)
-    losses: list[str] = field(default_factory=list)
-    recoveries: list[float] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
 
-
-@dataclass(frozen=True)
-class Ended:
-    """How a process of a trial ended: its exit code (negative: the signal), and the facts that it told."""
-
-    code: int
-    facts: list[dict[str, Any]]
-
-
-def fork(work: Callable[[int], None], kill_after: float | None = None) -> Ended:
-    """Run `work` in a fork of this process, which has imported everything; its argument is where it tells facts."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        code = 70
-        try:
-            os.close(reading)
-            log = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            work(writing)
-            code = 0
-        except BaseException as error:
-            where = "".join(traceback.format_exception(error))[-1500:]
-            os.write(writing, (json.dumps({"crash": f"{type(error).__name__}: {error}", "where": where}) + "\n").encode())
-        finally:
-            os._exit(code)
-    os.close(writing)
-    began, content, code = time.monotonic(), b"", None
-    os.set_blocking(reading, False)
-    while code is None:
-        try:
-            content += os.read(reading, 1 << 16)
-        except BlockingIOError:
-            pass
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            code = os.waitstatus_to_exitcode(status)
-        elif time.monotonic() - began > (DEADLINE if kill_after is None else kill_after):
-            os.kill(pid, signal.SIGKILL)
-            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            if kill_after is None:
-                content += b'{"crash": "it hung"}\n'
-        else:
-            time.sleep(0.002)
-    os.set_blocking(reading, True)
-    while piece := os.read(reading, 1 << 16):
-        content += piece
-    os.close(reading)
-    return Ended(code, [json.loads(line) for line in content.splitlines() if line.endswith(b"}")])
+    def cells(self) -> tuple[str, ...]:
+        median = statistics.median(self.seconds) if self.seconds else 0.0
+        return (
+            *(self.protocol, self.fault, str(self.times), str(len(self.points) or "any")),
+            "**nothing**" if not self.lost else f"{len(self.lost)} (!)",
+            *(f"{median:.2f} s", f"{max(self.seconds, default=0.0):.2f} s"),
+        )
 
 
 class Campaign:
-    """Runs trials in a folder.
+    """Runs trials, each in folders of its own.
 
     Args:
-        folder: Where.
-        addresses: The servers that run, by name.
-        seed: Decides what befalls which call.
+        folder: Where they are.
+        services: Addresses for the protocols that have mirrors: `mlflow`, `mongo`.
+        seed: What the faults follow from.
     """
 
-    def __init__(self, folder: Path, addresses: dict[str, str], seed: int = 0) -> None:
-        self._folder, self._addresses, self._seed = folder, addresses, seed
-        self._count = 0
-        self._met: dict[str, list[str]] = {}
-        self._seconds: dict[str, float] = {}
-        self.rows = {name: Row(name) for name in WORKLOADS}
+    def __init__(self, folder: Path, services: dict[str, str], seed: int) -> None:
+        from workloads import WORKLOADS
 
-    def available(self) -> list[str]:
-        """Return the workloads whose server runs."""
-        return [name for name, workload in WORKLOADS.items() if _server(name, workload) in ("", *self._addresses)]
+        self._folder = folder
+        self._services = services
+        self._random = random.Random(seed)
+        self._count = itertools.count()
+        self.workloads = WORKLOADS
+        self._prepared: dict[str, Path] = {}
+        self._undisturbed: dict[str, tuple[list[str], float, list[Any]]] = {}
 
-    def rehearse(self, name: str) -> None:
-        """Run a workload undisturbed, once: which points it meets, how long it takes, that nothing is lost."""
-        workload = WORKLOADS[name]
-        if workload.prepare is not None:
-            prepared = self._stage(name, self._folder / f"prepared-{len(self._met)}", None)
-            prepared.folder.mkdir()
-            ended = fork(lambda pipe: workload.prepare(prepared) if workload.prepare else None)
-            if ended.code != 0:
-                raise RuntimeError(f"{name} cannot be prepared: {ended.facts}")
-            self._prepared(name).parent.mkdir(exist_ok=True)
-            prepared.folder.rename(self._prepared(name))
-        began = time.monotonic()
-        trace, ended, losses = self._trial(name, None)
-        if ended.code != 0 or losses:
-            raise RuntimeError(f"{name} fails undisturbed: {losses} {ended.facts[-3:]}")
-        self._seconds[name] = next((f["seconds"] for f in ended.facts if "seconds" in f), time.monotonic() - began)
-        self._met[name] = [met.point for met in trace]
-        self.rows[name].points.update(self._met[name])
+    def points(self, protocol: str) -> list[str]:
+        """Return the names of the calls that an undisturbed process makes, in order."""
+        return self._measured(protocol)[0]
 
-    def every_point(self, name: str) -> Iterator[Fault]:
-        """Yield a kill at a random occurrence of every named point."""
-        rng = random.Random(f"{self._seed} {name}")
-        for point, times in sorted(Counter(self._met[name]).items()):
-            yield Fault(rng.choice(_KILLS), rng.randint(1, times), point)
+    def kill_each(self, protocol: str, actions: tuple[str, ...] = ("before", "after", "tear"), every: int = 1) -> Row:
+        """Kill the process once at every call, or at every so many with an offset that is drawn."""
+        row = Row(protocol, "SIGKILL at each call" if every == 1 else "SIGKILL at a named point")
+        names = self.points(protocol)
+        for at in range(1 + self._random.randrange(every), len(names) + 1, every):
+            action = self._random.choice(actions)
+            self._trial(row, protocol, injector.Fault(action, at), names[at - 1])
+        return row
 
-    def kills(self, name: str, count: int) -> Iterator[Fault]:
-        """Yield kills at random calls."""
-        rng = random.Random(f"{self._seed} {name} kills")
-        for _ in range(count):
-            yield Fault(rng.choice(_KILLS), rng.randint(1, max(1, len(self._met[name]))))
+    def kill_at_random(self, protocol: str, times: int) -> Row:
+        """Kill the process at instants that a clock chooses."""
+        row = Row(protocol, "SIGKILL at a random instant")
+        for _ in range(times):
+            # Some end before it: a kill that comes too late tests nothing, and is not counted.
+            while not self._trial(row, protocol, None, None, self._random.uniform(0.0, self._measured(protocol)[1])):
+                pass
+        return row
 
-    def errors(self, name: str, count: int) -> Iterator[Fault]:
-        """Yield errors at random points, each as likely as any other."""
-        rng = random.Random(f"{self._seed} {name} errors")
-        counted = sorted(Counter(self._met[name]).items())
-        for _ in range(count):
-            point, times = rng.choice([*counted, ("read:zip", 2)])
-            network = point.partition(":")[2] in ("mlflow", "mongo")
-            short = point.partition(":")[0] in ("write", "append", "send") and rng.random() < 0.15
-            yield Fault(SHORT if short else FAIL, rng.randint(1, times), point,
-                        0 if short else rng.choice(_NETWORK_ERRORS if network else _ERRORS), rng.random() < 0.3)  # fmt: skip
+    def fail(self, protocol: str, times: int) -> Row:
+        """Let calls to the disk fail, once or from then on, or write a part only."""
+        row = Row(protocol, "error of the disk")
+        names = [name for name in self.points(protocol) if name.partition(":")[0] in _DISK]
+        order = self._random.sample(range(len(names)), len(names))
+        for index in itertools.islice(itertools.cycle(order), times):
+            action = self._random.choice(("fail", "fail", "fail-on", "short"))
+            error = self._random.choice(ERRORS) if action != "short" else 0
+            name, at = names[index], names[: index + 1].count(names[index])
+            self._trial(row, protocol, injector.Fault(action, at, name, error), name)
+        return row
 
-    def inject(self, name: str, fault: Fault) -> None:
-        """Run one trial and note what came out."""
-        row, workload = self.rows[name], WORKLOADS[name]
-        self._count += 1
-        trace, ended, losses = self._trial(name, fault)
-        struck = [met.point for met in trace if met.action] or (["a random instant"] if workload.clock else [])
-        if workload.faults:
-            struck = [met.point for met in trace if met.action and (met.action, met.error) == (fault.action, fault.error)]
-        if ended.code == -signal.SIGKILL:
-            row.kills += 1
-        elif not fault.kills and struck:
-            row.errors += 1
+    def _measured(self, protocol: str) -> tuple[list[str], float, list[Any]]:
+        if protocol not in self._undisturbed:
+            import zygote
+            from checks import examine, settled
+
+            workload, cwd, context = self.workloads[protocol], *self._place(protocol)
+            trace = cwd.with_suffix(".trace")
+            ended = zygote.run(
+                lambda report: workload.run(report, context), cwd, injector.Fault(), trace=trace, ports=self._ports(),
+                links=workload.links,
+            )  # fmt: skip
+            looked = zygote.run(lambda report: examine(report, workload, ended.reports), cwd)
+            after = zygote.run(lambda report: settled(report, workload), cwd)
+            problems = [*ended.told("failure"), *looked.told("lost"), *after.told("lost")]
+            if ended.code or looked.code or after.code or problems:
+                raise SystemExit(f"{protocol}: undisturbed, it does not work: {problems}, see {cwd}.output")
+            self._undisturbed[protocol] = trace.read_text().split(), ended.seconds, after.told("final")
+        return self._undisturbed[protocol]
+
+    def _trial(
+        self, row: Row, protocol: str, fault: injector.Fault | None, point: str | None, kill_after: float | None = None
+    ) -> bool:
+        import zygote
+        from checks import examine, mirrors, sane_error, settled
+
+        names, _, final = self._measured(protocol)
+        del names
+        workload, cwd, context = self.workloads[protocol], *self._place(protocol)
+        fails = fault is not None and fault.action in ("fail", "fail-on", "short")
+        if fails and self._random.random() < 0.5:
+            context = type(context)(**{**vars(context), "goes_on": True})
+        ended = zygote.run(
+            lambda report: workload.run(report, context), cwd, fault, kill_after=kill_after, ports=self._ports(),
+            links=workload.links,
+        ) if fault is not None or not workload.links else zygote.run(
+            lambda report: workload.run(report, context), cwd, kill_after=kill_after
+        )  # fmt: skip
+        if kill_after is not None and ended.code != -9:
+            shutil.rmtree(cwd)
+            return False
+        problems: list[str] = []
+        if fails:
+            problems += [wrong for wrong in [sane_error(ended.reports)] if wrong]
+        looked = zygote.run(lambda report: examine(report, workload, ended.reports), cwd)
+        gone_on = zygote.run(lambda report: workload.run(report, context), cwd)
+        if workload.mirrored:
+            from workloads import sync
+
+            synced = zygote.run(lambda report: sync(report, context), cwd)
+            problems += [f"sync: {why}" for why in synced.told("unsent")]
+        after = zygote.run(lambda report: settled(report, workload), cwd)
+        problems += [*looked.told("lost"), *after.told("lost")]
+        for what, process in (("looking", looked), ("going on", gone_on), ("looking again", after)):
+            if process.code:
+                problems.append(f"{what} ended with {process.code}: {process.told('message')}")
+        if final != after.told("final") and "training" not in protocol and not problems:
+            problems.append(f"the next process left {after.told('final')}, an undisturbed one {final}")
+        if "training" in protocol and not gone_on.told("trained"):
+            problems.append("the training did not come to its end")
+        if workload.mirrored:
+            compared = zygote.run(lambda report: mirrors(report, context), cwd)
+            problems += compared.told("lost") + ([f"comparing: {compared.told('message')}"] if compared.code else [])
+        row.times += 1
+        row.hit += ended.code != 0
+        if point:
+            row.points[point] += 1
+        row.seconds += looked.told("recovered")
+        how = str(fault) if fault is not None else f"SIGKILL after {kill_after:.4f} s"
+        if problems:
+            for problem in dict.fromkeys(map(str, problems)):
+                print(f"LOST  {protocol}: {how} ({point or 'by the clock'}): {problem}  [{cwd}]", flush=True)
+            row.lost.append(how)
         else:
-            row.unmet += 1
-        row.struck.update(struck)
-        row.points.update(met.point for met in trace)
-        row.losses += [f"{fault}: {loss}" for loss in losses]
-        row.recoveries += [fact["recovery"] for fact in ended.facts if "recovery" in fact]
+            shutil.rmtree(cwd)
+            cwd.with_suffix(".output").unlink(missing_ok=True)
+        return True
 
-    def _trial(self, name: str, fault: Fault | None) -> tuple[list[Any], Ended, list[str]]:
-        workload = WORKLOADS[name]
-        with tempfile.TemporaryDirectory(dir=self._folder, prefix="trial-") as parent:
-            folder = Path(parent) / f"w{self._seed}-{os.getpid()}-{self._count}"
-            if workload.prepare is not None:
-                copy_prepared(self._prepared(name), folder)
-            else:
-                folder.mkdir()
-            trace = Path(parent) / "trace"
+    def _place(self, protocol: str) -> tuple[Path, Any]:
+        """Return a folder for a trial with what lies there before, and where its mirrors are."""
+        import zygote
+        from workloads import EXPERIMENT, Context
 
-            def perform(pipe: int, armed: bool = True) -> None:
-                stage = self._stage(name, folder, pipe)
-                listen(stage)
-                faults = [*workload.faults, *([fault] if armed and fault is not None and not workload.clock else [])]
-                injection.arm(folder, trace if armed else Path(os.devnull), faults, self._ports(name))
-                began = time.monotonic()
-                workload.run(stage)
-                stage.acknowledge(seconds=time.monotonic() - began)
+        workload, cwd = self.workloads[protocol], self._folder / f"{next(self._count):05d}"
+        database = f"f{uuid.uuid4().hex}"
+        context = Context(database=database)
+        if workload.mirrored:
+            context = Context(self._services["mlflow"], self._services.get("mongo", ""), database)
+        if workload.prepare is None:
+            cwd.mkdir()
+        else:
+            if protocol not in self._prepared:
+                ready = self._folder / f"prepared-{len(self._prepared)}"
+                ready.mkdir()
+                ended = zygote.run(lambda report: workload.prepare(report, context), ready)  # type: ignore[misc]
+                assert ended.code == 0, ready.with_suffix(".output").read_text()
+                self._prepared[protocol] = ready
+            shutil.copytree(self._prepared[protocol], cwd)
+        if workload.mirrored:
 
-            after = None
-            if workload.clock and fault is not None:
-                rng = random.Random(f"{self._seed} {name} {self._count}")
-                after = rng.uniform(0.1, 1.05) * self._seconds[name]
-            ended = fork(perform, after)
-            losses: list[str] = []
-            met = read_trace(trace)
-            if fault is not None:
-                losses += invariants.errors(fault, ended.facts, met) if not fault.kills else []
-                checked = fork(lambda pipe: self._check(name, folder, pipe, ended.facts))
-                losses += [loss for fact in checked.facts for loss in fact.get("lost", [])]
-                losses += [f"the check broke: {f['crash']} {f['where']}" for f in checked.facts if "crash" in f]
-                ended = Ended(ended.code, ended.facts + checked.facts)
-                again = fork(lambda pipe: perform(pipe, False))
-                losses += [f"going on failed: {f['crash']} {f.get('where')}" for f in again.facts if "crash" in f]
-            done = fork(lambda pipe: self._compare(name, folder, pipe))
-            losses += [loss for fact in done.facts for loss in fact.get("lost", [])]
-            losses += [f"the end cannot be read: {f['crash']} {f['where']}" for f in done.facts if "crash" in f]
-            return met, ended, losses
+            def make(report: Any) -> None:
+                from mlflow import MlflowClient
 
-    def _check(self, name: str, folder: Path, pipe: int, facts: list[dict[str, Any]]) -> None:
-        stage = self._stage(name, folder, pipe)
-        listen(stage)
-        lost, recovery = invariants.after_fault(stage, WORKLOADS[name], facts)
-        stage.acknowledge(lost=lost, recovery=recovery)
+                MlflowClient(context.mlflow).create_experiment(EXPERIMENT + database)
 
-    def _compare(self, name: str, folder: Path, pipe: int) -> None:
-        stage = self._stage(name, folder, pipe)
-        listen(stage)
-        stage.acknowledge(lost=invariants.after_recovery(stage, WORKLOADS[name]))
+            assert zygote.run(make, cwd).code == 0
+        return cwd, context
 
-    def _stage(self, name: str, folder: Path, pipe: int | None) -> Stage:
-        server = _server(name, WORKLOADS[name])
-        return Stage(folder, pipe, {server: self._addresses[server]} if server else {})
-
-    def _ports(self, name: str) -> dict[int, str]:
-        server = _server(name, WORKLOADS[name])
-        if not server:
-            return {}
-        return {int(self._addresses[server].partition("://")[2].partition("/")[0].rpartition(":")[2]): server}
-
-    def _prepared(self, name: str) -> Path:
-        return self._folder / "prepared" / str([*WORKLOADS].index(name))
+    def _ports(self) -> str:
+        addresses = {name: uri.rpartition(":")[2].partition("/")[0] for name, uri in self._services.items()}
+        return ",".join(f"{name}={port}" for name, port in addresses.items() if port.isdigit())
 
 
-def _server(name: str, workload: Workload) -> str:
-    return {"MongoDB": "mongo", "MLflow, server": "mlflow"}.get(name, "")
-
-
-def warm_up() -> None:
-    """Import everything that a trial uses: forks have it then."""
-    import logging
-
-    import mlflow
-    import mlflow.store.tracking.sqlalchemy_store
-    import torch as th
-
-    import sb3_mlflow_ckpt.callback
-    import sb3_mlflow_ckpt.cli
-    import sb3_mlflow_ckpt.loading
-    import sb3_mlflow_ckpt.mirrors.mongo
-    import sb3_mlflow_ckpt.trainer
-    from sb3_mlflow_ckpt.state.archive import _system_info
-
-    th.set_num_threads(1)
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
-    logging.getLogger("alembic").setLevel(logging.ERROR)
-    _system_info()
-    assert mlflow and sb3_mlflow_ckpt
-    # Building a first model imports half of torch.
-    fork(lambda pipe: None)
-    from stable_baselines3 import DQN, PPO
-
-    PPO("MlpPolicy", "CartPole-v1", device="cpu")
-    DQN("MlpPolicy", "CartPole-v1", device="cpu", buffer_size=10)
-
-
-def print_rows(rows: Sequence[Row], out: Any = sys.stdout) -> None:
-    """Print the table."""
-    print("| protocol | named points | SIGKILLs | I/O errors | lost | recovery, median / longest |", file=out)
-    print("|---|---|---|---|---|---|", file=out)
-    for row in rows:
-        times = row.recoveries or [0.0]
-        lost = f"**{len(row.losses)}**" if row.losses else "nothing"
-        print(
-            f"| {row.name} | {len(row.points)} | {row.kills} | {row.errors} | {lost} "
-            f"| {statistics.median(times):.2f} s / {max(times):.2f} s |",
-            file=out,
-        )
-    kills, errors = sum(row.kills for row in rows), sum(row.errors for row in rows)
-    lost = sum(len(row.losses) for row in rows)
-    print(f"| all | | {kills} | {errors} | {lost or 'nothing'} | |", file=out, flush=True)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a campaign and print its table; return 1 if something was lost."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=1000)
-    parser.add_argument("--errors", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0, help="decides what befalls which call")
-    parser.add_argument("--only", default="", help="only protocols whose name holds this text")
-    parser.add_argument("--every-point", action="store_true", help="first kill at every named point once")
-    parser.add_argument("--without-servers", action="store_true", help="leave out what needs MLflow's server or MongoDB")
-    parser.add_argument("--markdown", type=Path, help="write the table there, too")
-    parser.add_argument("--json", type=Path, help="write everything there")
-    options = parser.parse_args(arguments)
-    library = str(injection.library())
-    if library not in os.environ.get("LD_PRELOAD", ""):
-        plain = {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
-        os.execve(sys.executable, [sys.executable, __file__, *(arguments or sys.argv[1:])],
-                  {**os.environ, **plain, "LD_PRELOAD": library})  # fmt: skip
-    warm_up()
-    # Memory, where there is some to be had as a file system: what is proved is about processes, not about disks.
-    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-", dir=base))).resolve()
-        addresses = {} if options.without_servers else _start_servers(stack, folder)
-        campaign = Campaign(folder, addresses, options.seed)
-        names = [name for name in campaign.available() if options.only in name]
-        total = sum(WORKLOADS[name].share for name in names)
-        for name in names:
-            share = WORKLOADS[name].share / total
-            began = time.monotonic()
-            campaign.rehearse(name)
-            faults = [*campaign.every_point(name)] if options.every_point and not WORKLOADS[name].clock else []
-            faults += campaign.kills(name, round(options.kills * share))
-            if not WORKLOADS[name].clock:
-                faults += campaign.errors(name, round(options.errors * share))
-            for fault in faults:
-                before = len(campaign.rows[name].losses)
-                campaign.inject(name, fault)
-                for loss in campaign.rows[name].losses[before:]:
-                    print(f"LOST in {name} (seed {options.seed}): {loss}", file=sys.stderr, flush=True)
-            print(f"{name}: {len(faults)} trials, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-        rows = [campaign.rows[name] for name in names]
-        print_rows(rows)
-        if options.markdown:
-            with options.markdown.open("w") as out:
-                print_rows(rows, out)
-        if options.json:
-            facts = {row.name: {"points": dict(row.points), "struck": dict(row.struck), "kills": row.kills,
-                                "errors": row.errors, "losses": row.losses} for row in rows}  # fmt: skip
-            options.json.write_text(json.dumps(facts))
-    return int(any(row.losses for row in rows))
-
-
-def _start_servers(stack: ExitStack, folder: Path) -> dict[str, str]:
+def services(folder: Path) -> Iterator[dict[str, str]]:
+    """Yield the addresses of an MLflow server and a MongoDB-compatible one that live as long as it is used."""
     from mlflow_server import MlflowServer
     from servers import MongoServer
 
-    preload = os.environ.pop("LD_PRELOAD")
+    tracking, mongo = MlflowServer(folder / "mlflow"), MongoServer(folder / "mongo")
     addresses = {}
     try:
+        tracking.start()
+        addresses["mlflow"] = tracking.uri
         if MongoServer.program() is not None:
-            mongo = MongoServer(folder / "mongo")
             mongo.start()
-            stack.callback(mongo.stop)
             addresses["mongo"] = mongo.uri
-        server = MlflowServer(folder / "mlflow")
-        server.start()
-        stack.callback(server.stop)
-        addresses["mlflow"] = server.uri
+        yield addresses
     finally:
-        os.environ["LD_PRELOAD"] = preload
-    return addresses
+        tracking.stop()
+        mongo.stop()
+
+
+def table(rows: list[Row]) -> str:
+    """Return the rows as a Markdown table."""
+    lines = [_HEADER, tuple("---" for _ in _HEADER), *(row.cells() for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a campaign and print its table; return 1 where something was lost."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=1000, help="How many processes are killed")
+    parser.add_argument("--errors", type=int, default=500, help="How many calls to the disk fail")
+    parser.add_argument("--seed", type=int, default=0, help="What the faults follow from")
+    parser.add_argument("--only", default="", help="Only protocols whose name holds this text")
+    parser.add_argument("--every", type=int, default=1, help="Kill at every so many named points")
+    parser.add_argument("--points", action="store_true", help="Print the named points and end")
+    parser.add_argument("--keep", action="store_true", help="Leave the folders where something was lost")
+    options = parser.parse_args(arguments)
+    if not injector.preloaded():
+        environment = {**os.environ, injector.PRELOAD: str(injector.library())}
+        os.execve(sys.executable, [sys.executable, __file__, *sys.argv[1:]], environment)
+    started = time.monotonic()
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    rows: list[Row] = []
+    for addresses in services(folder / "services"):
+        campaign = Campaign(folder, addresses, options.seed)
+        protocols = [name for name in campaign.workloads if options.only in name]
+        if options.points:
+            for name in protocols:
+                counted = Counter(campaign.points(name))
+                print(f"{name}: " + ", ".join(f"{point} x{times}" for point, times in counted.items()))
+            return 0
+        for name in protocols:
+            if "training" not in name:
+                rows.append(_told(campaign.kill_each(name, every=options.every)))
+        left = max(0, options.kills - sum(row.times for row in rows))
+        for name in protocols:
+            rows.append(_told(campaign.kill_at_random(name, -(-left // len(protocols)))))
+        failing = [name for name in protocols if "training" not in name]
+        for name in failing if options.errors else []:
+            rows.append(_told(campaign.fail(name, -(-options.errors // len(failing)))))
+    print(table(rows))
+    lost = sum(len(row.lost) for row in rows)
+    kills = sum(row.times for row in rows if row.fault.startswith("SIGKILL"))
+    errors = sum(row.times for row in rows) - kills
+    print(f"{kills} kills, {errors} errors, {lost} losses, {time.monotonic() - started:.0f} s, seed {options.seed}")
+    if not lost and not options.keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 1 if lost else 0
+
+
+def _told(row: Row) -> Row:
+    print(f"{row.protocol}: {row.fault}: {row.times} times, {row.hit} ended by it, {len(row.lost)} losses", flush=True)
+    return row
 
 
 if __name__ == "__main__":

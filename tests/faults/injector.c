@@ -1,8 +1,14 @@
-/* Makes libc's calls that change a disk or talk to a server fail, tear or kill the process: real errors for real
- * processes. Loaded by LD_PRELOAD; does nothing until it is told a folder or a port.
- *
- * A call is known by a named point: its operation and the role of its file, as in `rename:zip` or `fsync:metadata`.
- */
+/* Makes the calls by which a process changes a disk or talks to a server fail, or be its last ones.
+
+   Loaded with LD_PRELOAD. A process arms itself (`faults_arm`), or is armed by its environment:
+
+     FAULTS_ROOT    only files below this folder count
+     FAULTS_PORTS   and connections to these ports: "mlflow=5000,mongo=27017"
+     FAULTS_TRACE   a file that gets the name of each such call, a line each
+     FAULTS_NAME    only calls of this name count, e.g. "rename:zip"; empty for all
+     FAULTS_AT      the number of the call that the fault comes at, from 1
+     FAULTS_ACTION  before | after (SIGKILL), tear (half of a write, then SIGKILL), short (half of a write),
+                    fail (with FAULTS_ERRNO), fail-on (that one and all later ones) */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -23,449 +29,275 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum action { PASS, KILL_BEFORE, KILL_AFTER, TEAR, FAIL, SHORT };
-enum { RULES = 4, PORTS = 4, NAME = 96 };
+enum action { NONE, BEFORE, AFTER, TEAR, SHORT, FAIL, FAIL_ON };
 
-struct rule {
-    char name[NAME]; /* empty: every point but those that only read */
-    long nth, met;
-    int action, error, forever;
-};
-struct decision {
-    int action, error;
-};
+static char root[PATH_MAX], ports[256], trace_path[PATH_MAX], wanted[128];
+static long at, seen;
+static enum action action;
+static int failure, linkless;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-static char root[PATH_MAX];
-static int trace_fd = -1, rules, ports;
-static struct rule rule[RULES];
-static struct { int number; char role[32]; } port[PORTS];
-static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+#define REAL(name) \
+    static __typeof__(&name) real; \
+    if (!real) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
 
-/* ---- what the outside tells ---- */
-
-void injector_watch(const char *folder, int trace)
-{
-    snprintf(root, sizeof root, "%s", folder);
-    trace_fd = trace;
+static enum action parse(const char *text) {
+    static const char *names[] = {"", "before", "after", "tear", "short", "fail", "fail-on"};
+    for (int i = BEFORE; i <= FAIL_ON; i++)
+        if (text && !strcmp(text, names[i])) return (enum action)i;
+    return NONE;
 }
 
-void injector_port(int number, const char *role)
-{
-    if (ports < PORTS) {
-        port[ports].number = number;
-        snprintf(port[ports++].role, sizeof port[0].role, "%s", role);
-    }
+/* Counts from now on. An empty `root_` disarms. */
+void faults_arm(const char *root_, const char *ports_, const char *trace_, const char *name_, long at_,
+                const char *action_, int errno_) {
+    pthread_mutex_lock(&lock);
+    snprintf(root, sizeof root, "%s", root_);
+    snprintf(ports, sizeof ports, "%s", ports_);
+    snprintf(trace_path, sizeof trace_path, "%s", trace_);
+    snprintf(wanted, sizeof wanted, "%s", name_);
+    at = at_, seen = 0, action = parse(action_), failure = errno_;
+    pthread_mutex_unlock(&lock);
 }
 
-void injector_rule(const char *name, long nth, int action, int error, int forever)
-{
-    if (rules < RULES) {
-        struct rule *r = &rule[rules++];
-        snprintf(r->name, sizeof r->name, "%s", name);
-        r->nth = nth;
-        r->met = 0;
-        r->action = action;
-        r->error = error;
-        r->forever = forever;
-    }
+/* Whether hard links are refused, as on a file system that has none. */
+void faults_forbid_links(int forbidden) { linkless = forbidden; }
+
+/* How many calls counted since. */
+long faults_seen(void) { return seen; }
+
+static const char *setting(const char *name) {
+    const char *value = getenv(name);
+    return value ? value : "";
 }
 
-void injector_reset(void)
-{
-    rules = ports = 0;
-    root[0] = 0;
-    trace_fd = -1;
+__attribute__((constructor)) static void from_environment(void) {
+    if (*setting("FAULTS_ROOT"))
+        faults_arm(setting("FAULTS_ROOT"), setting("FAULTS_PORTS"), setting("FAULTS_TRACE"), setting("FAULTS_NAME"),
+                   atol(setting("FAULTS_AT")), setting("FAULTS_ACTION"), atoi(setting("FAULTS_ERRNO")));
 }
 
-__attribute__((constructor)) static void from_environment(void)
-{
-    const char *folder = getenv("INJECTOR_ROOT"), *trace = getenv("INJECTOR_TRACE"), *text = getenv("INJECTOR_RULE");
-    if (!folder)
-        return;
-    int fd = trace ? (int)syscall(SYS_openat, AT_FDCWD, trace, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644) : -1;
-    injector_watch(folder, fd);
-    /* action,errno,forever,nth,name */
-    int action, error, forever;
-    long nth;
-    char name[NAME] = "";
-    if (text && sscanf(text, "%d,%d,%d,%ld,%95s", &action, &error, &forever, &nth, name) >= 4)
-        injector_rule(name, nth, action, error, forever);
+static int ends(const char *text, const char *end) {
+    size_t a = strlen(text), b = strlen(end);
+    return a >= b && !strcmp(text + a - b, end);
 }
 
-/* ---- naming ---- */
-
-static int below_root(const char *path)
-{
-    size_t length = strlen(root);
-    return length && !strncmp(path, root, length) && (path[length] == '/' || !path[length]);
-}
-
-static int absolute(int folder, const char *path, char *out)
-{
-    char prefix[PATH_MAX] = "", link[64];
-    if (path[0] != '/') {
-        if (folder == AT_FDCWD) {
-            if (!getcwd(prefix, sizeof prefix))
-                return 0;
-        } else {
-            snprintf(link, sizeof link, "/proc/self/fd/%d", folder);
-            ssize_t n = readlink(link, prefix, sizeof prefix - 1);
-            if (n < 0)
-                return 0;
-            prefix[n] = 0;
-        }
-    }
-    return snprintf(out, PATH_MAX, "%s%s%s", prefix, prefix[0] ? "/" : "", path) < PATH_MAX;
-}
-
-static int of_descriptor(int fd, char *out)
-{
-    char link[64];
-    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t n = readlink(link, out, PATH_MAX - 1);
-    if (n <= 0 || out[0] != '/')
-        return 0;
-    out[n] = 0;
-    return 1;
-}
-
-static int ends(const char *text, const char *with)
-{
-    size_t a = strlen(text), b = strlen(with);
-    return a >= b && !strcmp(text + a - b, with);
-}
-
-static int is_temporary(const char *path)
-{
+static const char *role(const char *path, int folder) {
     const char *base = strrchr(path, '/');
-    return base && !strncmp(base + 1, ".tmp-", 5);
+    base = base ? base + 1 : path;
+    if (strstr(path, "/artifacts/")) return folder ? "artifact-folder" : ends(base, ".json") ? "artifact-metadata" : "artifact";
+    if (folder) return ends(path, "/replay") ? "chunk-folder" : "folder";
+    if (ends(base, ".zst")) return "chunk";
+    if (ends(base, "_metadata.json")) return "metadata";
+    if (ends(base, ".zip")) return "zip";
+    if (ends(base, "run.json")) return "record";
+    if (ends(base, "metrics.jsonl")) return "curve";
+    if (ends(base, "checkpoints.jsonl")) return "ledger";
+    if (!strcmp(base, ".lock")) return "lock";
+    if (strstr(base, ".db")) return "database";
+    return "other";
 }
 
-static const char *role_of(const char *path, int is_folder, char *out)
-{
-    const char *base = strrchr(path, '/') + 1, *role = "other";
-    if (!strncmp(base, ".tmp-", 5)) { /* .tmp-<pid>-<token>-<name> */
-        const char *dash = strchr(base + 5, '-');
-        dash = dash ? strchr(dash + 1, '-') : NULL;
-        base = dash ? dash + 1 : base;
+static void die(void) { syscall(SYS_kill, syscall(SYS_getpid), SIGKILL); for (;;) pause(); }
+
+/* Returns what is to happen at this call. `what` is its name. */
+static enum action met(const char *what) {
+    enum action now = NONE;
+    pthread_mutex_lock(&lock);
+    if (!*wanted || !strcmp(wanted, what)) {
+        seen++;
+        if (*trace_path) {
+            char line[160];
+            int length = snprintf(line, sizeof line, "%s\n", what);
+            int file = (int)syscall(SYS_openat, AT_FDCWD, trace_path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
+            if (file >= 0) {
+                syscall(SYS_write, file, line, (size_t)length);
+                syscall(SYS_close, file);
+            }
+        }
+        if (seen == at || (seen > at && at > 0 && action == FAIL_ON)) now = action;
     }
-    if (is_folder)
-        role = !strcmp(base, "replay") ? "replay-folder" : "folder";
-    else if (!strcmp(base, "run.json"))
-        role = "record";
-    else if (!strcmp(base, "metrics.jsonl"))
-        role = "metrics";
-    else if (!strcmp(base, "checkpoints.jsonl"))
-        role = "ledger";
-    else if (!strcmp(base, ".lock"))
-        role = "lock";
-    else if (ends(base, "_metadata.json"))
-        role = "metadata";
-    else if (!strncmp(base, "ep", 2) && ends(base, ".zip"))
-        role = "zip";
-    else if (ends(base, ".zst"))
-        role = "replay-chunk";
-    else if (strstr(base, ".db"))
-        role = "database";
-    else if (base[0] == '#' || ends(path, " (deleted)"))
-        role = "probe";
-    snprintf(out, NAME, "%s%s", strstr(path, "/artifacts/") ? "artifact-" : "", role);
-    return out;
+    pthread_mutex_unlock(&lock);
+    if (now == BEFORE) die();
+    return now;
 }
 
-/* ---- deciding ---- */
-
-static void die(void)
-{
-    syscall(SYS_kill, (pid_t)syscall(SYS_getpid), SIGKILL);
-    for (;;)
-        pause();
+static enum action met_path(const char *operation, int dir, const char *path, int folder) {
+    char whole[2 * PATH_MAX], what[128];
+    if (!*root || !path) return NONE;
+    if (path[0] == '/') {
+        snprintf(whole, sizeof whole, "%s", path);
+    } else {
+        char place[64], base[PATH_MAX];
+        if (dir == AT_FDCWD) {
+            if (syscall(SYS_getcwd, base, sizeof base) < 0) return NONE;
+        } else {
+            snprintf(place, sizeof place, "/proc/self/fd/%d", dir);
+            ssize_t length = readlink(place, base, sizeof base - 1);
+            if (length < 0) return NONE;
+            base[length] = 0;
+        }
+        snprintf(whole, sizeof whole, "%s/%s", base, path);
+    }
+    size_t length = strlen(root);
+    if (strncmp(whole, root, length) || (whole[length] && whole[length] != '/')) return NONE;
+    snprintf(what, sizeof what, "%s:%s", operation, role(whole, folder));
+    return met(what);
 }
 
-static struct decision meet(const char *name, const char *path, int reads)
-{
-    struct decision d = {PASS, 0};
-    int before = errno;
-    pthread_mutex_lock(&mutex);
-    for (int i = 0; i < rules; i++) {
-        struct rule *r = &rule[i];
-        if (r->name[0] ? strcmp(r->name, name) != 0 : reads)
-            continue;
-        r->met++;
-        if (d.action == PASS && (r->met == r->nth || (r->forever && r->met > r->nth))) {
-            d.action = r->action;
-            d.error = r->error;
+static enum action met_file(const char *operation, int file) {
+    char place[64], path[PATH_MAX];
+    struct stat found;
+    if (!*root) return NONE;
+    snprintf(place, sizeof place, "/proc/self/fd/%d", file);
+    ssize_t length = readlink(place, path, sizeof path - 1);
+    if (length <= 0 || path[0] != '/') return NONE;
+    path[length] = 0;
+    return met_path(operation, AT_FDCWD, path, fstat(file, &found) == 0 && S_ISDIR(found.st_mode));
+}
+
+static enum action met_port(const char *operation, const struct sockaddr *address) {
+    if (!*ports || !address || address->sa_family != AF_INET) return NONE;
+    char number[16], list[256], what[128], *rest;
+    snprintf(number, sizeof number, "%d", ntohs(((const struct sockaddr_in *)address)->sin_port));
+    snprintf(list, sizeof list, "%s", ports);
+    for (char *entry = strtok_r(list, ",", &rest); entry; entry = strtok_r(NULL, ",", &rest)) {
+        char *sign = strchr(entry, '=');
+        if (sign && !strcmp(sign + 1, number)) {
+            *sign = 0;
+            snprintf(what, sizeof what, "%s:%s", operation, entry);
+            return met(what);
         }
     }
-    if (trace_fd >= 0 && (!reads || d.action != PASS)) {
-        char line[PATH_MAX + 2 * NAME];
-        int n = snprintf(line, sizeof line, "%s\t%d\t%d\t%s\n", name, d.action, d.error, path);
-        syscall(SYS_write, trace_fd, line, n);
-    }
-    pthread_mutex_unlock(&mutex);
-    if (d.action == KILL_BEFORE)
-        die();
-    errno = before;
-    return d;
+    return NONE;
 }
 
-static struct decision meet_path(const char *operation, int folder, const char *path, int is_folder)
-{
-    char whole[PATH_MAX], role[NAME], name[NAME];
-    struct decision none = {PASS, 0};
-    if (!root[0] || !path || !absolute(folder, path, whole) || !below_root(whole))
-        return none;
-    role_of(whole, is_folder, role);
-    if (!strcmp(operation, "unlink") && is_temporary(whole))
-        snprintf(role, sizeof role, "temporary");
-    snprintf(name, sizeof name, "%.24s:%.64s", operation, role);
-    return meet(name, whole, 0);
-}
-
-static struct decision meet_rename(int from_folder, const char *from, int folder, const char *path)
-{
-    char whole[PATH_MAX], source[PATH_MAX], role[NAME], name[NAME];
-    struct decision none = {PASS, 0};
-    if (!root[0] || !absolute(folder, path, whole) || !below_root(whole) || !absolute(from_folder, from, source))
-        return none;
-    /* A name taken away: a committed file becomes a temporary. */
-    const char *operation = is_temporary(whole) && !is_temporary(source) ? "withdraw" : "rename";
-    snprintf(name, sizeof name, "%s:%.64s", operation, role_of(whole, 0, role));
-    return meet(name, source, 0);
-}
-
-static struct decision meet_descriptor(const char *operation, int fd, int reads)
-{
-    char whole[PATH_MAX], role[NAME], name[NAME];
-    struct decision none = {PASS, 0};
-    struct stat status;
-    int before = errno;
-    if (!root[0] || fd == trace_fd || !of_descriptor(fd, whole) || !below_root(whole) || fstat(fd, &status)) {
-        errno = before;
-        return none;
-    }
-    errno = before;
-    if (!strcmp(operation, "write") && (fcntl(fd, F_GETFL) & O_APPEND))
-        operation = "append";
-    snprintf(name, sizeof name, "%.24s:%.64s", operation, role_of(whole, S_ISDIR(status.st_mode), role));
-    return meet(name, whole, reads);
-}
-
-static struct decision meet_address(const char *operation, const struct sockaddr *address)
-{
-    struct decision none = {PASS, 0};
-    char name[NAME];
-    int number = address->sa_family == AF_INET    ? ntohs(((const struct sockaddr_in *)address)->sin_port)
-                 : address->sa_family == AF_INET6 ? ntohs(((const struct sockaddr_in6 *)address)->sin6_port)
-                                                  : -1;
-    for (int i = 0; i < ports; i++)
-        if (port[i].number == number) {
-            snprintf(name, sizeof name, "%s:%s", operation, port[i].role);
-            return meet(name, "", 0);
-        }
-    return none;
-}
-
-static struct decision meet_socket(const char *operation, int fd)
-{
-    struct decision none = {PASS, 0};
+static enum action met_socket(const char *operation, int file) {
     struct sockaddr_storage address;
-    socklen_t length = sizeof address;
-    int before = errno;
-    if (!ports || getpeername(fd, (struct sockaddr *)&address, &length)) {
-        errno = before;
-        return none;
-    }
-    return meet_address(operation, (struct sockaddr *)&address);
+    socklen_t size = sizeof address;
+    if (!*ports || getpeername(file, (struct sockaddr *)&address, &size)) return NONE;
+    return met_port(operation, (struct sockaddr *)&address);
 }
 
-/* ---- the calls ---- */
+/* Around a call that does all or nothing. */
+#define WHOLE(met_, call) \
+    do { \
+        enum action now = met_; \
+        if (now == FAIL || now == FAIL_ON) { errno = failure; return -1; } \
+        __typeof__(call) result = call; \
+        if (now == AFTER || now == TEAR) die(); \
+        return result; \
+    } while (0)
 
-#define REAL(type, name, ...) \
-    static type (*real)(__VA_ARGS__); \
-    if (!real) \
-        real = (type(*)(__VA_ARGS__))dlsym(RTLD_NEXT, #name)
-#define REFUSE(d) \
-    if ((d).action == FAIL) { \
-        errno = (d).error; \
-        return -1; \
-    }
-#define GIVE(type, d, call) \
-    REFUSE(d) \
-    type result = call; \
-    if ((d).action == KILL_AFTER || (d).action == TEAR) \
-        die(); \
-    return result
+/* Around a call that may move only a part of its bytes. */
+#define PARTS(met_, count_, whole, half) \
+    do { \
+        enum action now = met_; \
+        if (now == FAIL || now == FAIL_ON) { errno = failure; return -1; } \
+        ssize_t result = (now == TEAR || now == SHORT) && (count_) > 1 ? half : whole; \
+        if (now == AFTER || now == TEAR) die(); \
+        return result; \
+    } while (0)
 
-#define OPEN(name, folder_parameter, folder_argument, folder) \
-    int name(folder_parameter const char *path, int flags, ...) \
-    { \
-        REAL(int, name, folder_parameter const char *, int, ...); \
+static int changes(int flags) { return (flags & O_ACCMODE) != O_RDONLY || (flags & (O_CREAT | O_TRUNC)); }
+
+#define OPEN(name, dir_, parameters, arguments) \
+    int name parameters { \
+        REAL(name); \
         mode_t mode = 0; \
         if (flags & (O_CREAT | O_TMPFILE)) { \
-            va_list list; \
-            va_start(list, flags); \
-            mode = va_arg(list, mode_t); \
-            va_end(list); \
+            va_list more; \
+            va_start(more, flags); \
+            mode = va_arg(more, mode_t); \
+            va_end(more); \
         } \
-        int writes = (flags & O_ACCMODE) != O_RDONLY || (flags & O_CREAT); \
-        int temporary = (flags & O_TMPFILE) == O_TMPFILE; \
-        struct decision d = {PASS, 0}; \
-        if (writes) \
-            d = meet_path(temporary ? "probe" : "open", folder, path, temporary); \
-        else if (root[0]) { \
-            char whole[PATH_MAX], role[NAME], point[NAME]; \
-            struct stat status; \
-            if (absolute(folder, path, whole) && below_root(whole) && !stat(whole, &status) && S_ISREG(status.st_mode)) { \
-                snprintf(point, sizeof point, "open-to-read:%.64s", role_of(whole, 0, role)); \
-                d = meet(point, whole, 1); \
-            } \
-        } \
-        GIVE(int, d, real(folder_argument path, flags, mode)); \
+        WHOLE(changes(flags) ? met_path("open", dir_, path, 0) : NONE, real arguments); \
     }
-#define COMMA ,
-OPEN(open, , , AT_FDCWD)
-OPEN(open64, , , AT_FDCWD)
-OPEN(openat, int folder COMMA, folder COMMA, folder)
-OPEN(openat64, int folder COMMA, folder COMMA, folder)
+OPEN(open, AT_FDCWD, (const char *path, int flags, ...), (path, flags, mode))
+OPEN(open64, AT_FDCWD, (const char *path, int flags, ...), (path, flags, mode))
+OPEN(openat, dir, (int dir, const char *path, int flags, ...), (dir, path, flags, mode))
+OPEN(openat64, dir, (int dir, const char *path, int flags, ...), (dir, path, flags, mode))
 
-int creat(const char *path, mode_t mode) { return open(path, O_CREAT | O_WRONLY | O_TRUNC, mode); }
-int creat64(const char *path, mode_t mode) { return open64(path, O_CREAT | O_WRONLY | O_TRUNC, mode); }
-
-#define WRITE(type, name, operation, parameters, types, all, half, fd, size) \
-    type name parameters \
-    { \
-        REAL(type, name, types); \
-        struct decision d = meet_descriptor(operation, fd, 0); \
-        if (d.action == TEAR) { \
-            if ((size) > 1) \
-                real half; \
-            die(); \
-        } \
-        if (d.action == SHORT && (size) > 1) \
-            return real half; \
-        GIVE(type, d, real all); \
-    }
-#define TYPES(...) __VA_ARGS__
-WRITE(ssize_t, write, "write", (int fd, const void *bytes, size_t size), TYPES(int, const void *, size_t),
-      (fd, bytes, size), (fd, bytes, size / 2), fd, size)
-WRITE(ssize_t, pwrite, "write", (int fd, const void *bytes, size_t size, off_t at),
-      TYPES(int, const void *, size_t, off_t), (fd, bytes, size, at), (fd, bytes, size / 2, at), fd, size)
-WRITE(ssize_t, pwrite64, "write", (int fd, const void *bytes, size_t size, off64_t at),
-      TYPES(int, const void *, size_t, off64_t), (fd, bytes, size, at), (fd, bytes, size / 2, at), fd, size)
-WRITE(ssize_t, writev, "write", (int fd, const struct iovec *parts, int count),
-      TYPES(int, const struct iovec *, int), (fd, parts, count), (fd, parts, 1), fd, count)
-WRITE(ssize_t, sendfile, "write", (int fd, int from, off_t *at, size_t size), TYPES(int, int, off_t *, size_t),
-      (fd, from, at, size), (fd, from, at, size > 64 ? 64 : size / 2), fd, size)
-WRITE(ssize_t, sendfile64, "write", (int fd, int from, off64_t *at, size_t size), TYPES(int, int, off64_t *, size_t),
-      (fd, from, at, size), (fd, from, at, size > 64 ? 64 : size / 2), fd, size)
-WRITE(ssize_t, copy_file_range, "write",
-      (int from, off64_t *from_at, int fd, off64_t *at, size_t size, unsigned flags),
-      TYPES(int, off64_t *, int, off64_t *, size_t, unsigned), (from, from_at, fd, at, size, flags),
-      (from, from_at, fd, at, size > 64 ? 64 : size / 2, flags), fd, size)
-
-ssize_t read(int fd, void *bytes, size_t size)
-{
-    REAL(ssize_t, read, int, void *, size_t);
-    struct decision d = meet_descriptor("read", fd, 1);
-    if (d.action == SHORT && size > 1)
-        return real(fd, bytes, size / 2);
-    GIVE(ssize_t, d, real(fd, bytes, size));
+ssize_t write(int file, const void *bytes, size_t count) {
+    REAL(write);
+    PARTS(met_file("write", file), count, real(file, bytes, count), real(file, bytes, count / 2));
 }
-
-#define ON_DESCRIPTOR(name, operation, parameters, types, arguments) \
-    int name parameters \
-    { \
-        REAL(int, name, types); \
-        struct decision d = meet_descriptor(operation, fd, 0); \
-        GIVE(int, d, real arguments); \
-    }
-ON_DESCRIPTOR(fsync, "fsync", (int fd), TYPES(int), (fd))
-ON_DESCRIPTOR(fdatasync, "fsync", (int fd), TYPES(int), (fd))
-ON_DESCRIPTOR(ftruncate, "truncate", (int fd, off_t size), TYPES(int, off_t), (fd, size))
-ON_DESCRIPTOR(ftruncate64, "truncate", (int fd, off64_t size), TYPES(int, off64_t), (fd, size))
-
-int close(int fd)
-{
-    REAL(int, close, int);
-    struct decision d = {PASS, 0};
-    int before = errno;
-    if (root[0] && fd != trace_fd && (fcntl(fd, F_GETFL) & O_ACCMODE) != O_RDONLY)
-        d = meet_descriptor("close", fd, 0);
-    errno = before;
-    int result = real(fd); /* Linux frees the descriptor whatever close() says. */
-    if (d.action == KILL_AFTER || d.action == TEAR)
-        die();
-    REFUSE(d)
-    return result;
+ssize_t pwrite64(int file, const void *bytes, size_t count, off64_t offset) {
+    REAL(pwrite64);
+    PARTS(met_file("write", file), count, real(file, bytes, count, offset), real(file, bytes, count / 2, offset));
 }
-
-#define ON_PATH(name, operation, parameters, types, arguments, folder, path, is_folder) \
-    int name parameters \
-    { \
-        REAL(int, name, types); \
-        struct decision d = meet_path(operation, folder, path, is_folder); \
-        GIVE(int, d, real arguments); \
-    }
-ON_PATH(unlink, "unlink", (const char *path), TYPES(const char *), (path), AT_FDCWD, path, 0)
-ON_PATH(unlinkat, "unlink", (int folder, const char *path, int flags), TYPES(int, const char *, int),
-        (folder, path, flags), folder, path, 0)
-ON_PATH(rmdir, "rmdir", (const char *path), TYPES(const char *), (path), AT_FDCWD, path, 1)
-ON_PATH(mkdir, "mkdir", (const char *path, mode_t mode), TYPES(const char *, mode_t), (path, mode), AT_FDCWD, path, 1)
-ON_PATH(mkdirat, "mkdir", (int folder, const char *path, mode_t mode), TYPES(int, const char *, mode_t),
-        (folder, path, mode), folder, path, 1)
-ON_PATH(link, "link", (const char *from, const char *path), TYPES(const char *, const char *), (from, path), AT_FDCWD,
-        path, 0)
-ON_PATH(linkat, "link", (int from_folder, const char *from, int folder, const char *path, int flags),
-        TYPES(int, const char *, int, const char *, int), (from_folder, from, folder, path, flags), folder, path, 0)
-ON_PATH(symlink, "symlink", (const char *from, const char *path), TYPES(const char *, const char *), (from, path),
-        AT_FDCWD, path, 0)
-
-#define RENAME(name, parameters, types, arguments, from_folder, folder) \
-    int name parameters \
-    { \
-        REAL(int, name, types); \
-        struct decision d = meet_rename(from_folder, from, folder, path); \
-        GIVE(int, d, real arguments); \
-    }
-RENAME(rename, (const char *from, const char *path), TYPES(const char *, const char *), (from, path), AT_FDCWD,
-       AT_FDCWD)
-RENAME(renameat, (int a, const char *from, int b, const char *path), TYPES(int, const char *, int, const char *),
-       (a, from, b, path), a, b)
-RENAME(renameat2, (int a, const char *from, int b, const char *path, unsigned flags),
-       TYPES(int, const char *, int, const char *, unsigned), (a, from, b, path, flags), a, b)
-
-int connect(int fd, const struct sockaddr *address, socklen_t length)
-{
-    REAL(int, connect, int, const struct sockaddr *, socklen_t);
-    struct decision d = meet_address("connect", address);
-    GIVE(int, d, real(fd, address, length));
+ssize_t pwrite(int file, const void *bytes, size_t count, off_t offset) {
+    REAL(pwrite);
+    PARTS(met_file("write", file), count, real(file, bytes, count, offset), real(file, bytes, count / 2, offset));
 }
-
-#define ON_SOCKET(name, operation, parameters, types, arguments) \
-    ssize_t name parameters \
-    { \
-        REAL(ssize_t, name, types); \
-        struct decision d = meet_socket(operation, fd); \
-        GIVE(ssize_t, d, real arguments); \
-    }
-ssize_t send(int fd, const void *bytes, size_t size, int flags)
-{
-    REAL(ssize_t, send, int, const void *, size_t, int);
-    struct decision d = meet_socket("send", fd);
-    if (d.action == TEAR) {
-        real(fd, bytes, size / 2, flags);
-        die();
-    }
-    if (d.action == SHORT && size > 1)
-        return real(fd, bytes, size / 2, flags);
-    GIVE(ssize_t, d, real(fd, bytes, size, flags));
+ssize_t writev(int file, const struct iovec *parts, int count) {
+    REAL(writev);
+    PARTS(met_file("write", file), count, real(file, parts, count), real(file, parts, count / 2));
 }
-ON_SOCKET(sendto, "send",
-          (int fd, const void *bytes, size_t size, int flags, const struct sockaddr *address, socklen_t length),
-          TYPES(int, const void *, size_t, int, const struct sockaddr *, socklen_t),
-          (fd, bytes, size, flags, address, length))
-ON_SOCKET(sendmsg, "send", (int fd, const struct msghdr *message, int flags),
-          TYPES(int, const struct msghdr *, int), (fd, message, flags))
-ON_SOCKET(recv, "recv", (int fd, void *bytes, size_t size, int flags), TYPES(int, void *, size_t, int),
-          (fd, bytes, size, flags))
+ssize_t sendfile64(int to, int from, off64_t *offset, size_t count) {
+    REAL(sendfile64);
+    PARTS(met_file("write", to), count, real(to, from, offset, count), real(to, from, offset, 100));
+}
+ssize_t sendfile(int to, int from, off_t *offset, size_t count) {
+    REAL(sendfile);
+    PARTS(met_file("write", to), count, real(to, from, offset, count), real(to, from, offset, 100));
+}
+ssize_t copy_file_range(int from, off64_t *a, int to, off64_t *b, size_t count, unsigned flags) {
+    REAL(copy_file_range);
+    PARTS(met_file("write", to), count, real(from, a, to, b, count, flags), real(from, a, to, b, 100, flags));
+}
+int fsync(int file) { REAL(fsync); WHOLE(met_file("fsync", file), real(file)); }
+int fdatasync(int file) { REAL(fdatasync); WHOLE(met_file("fsync", file), real(file)); }
+int ftruncate(int file, off_t size) { REAL(ftruncate); WHOLE(met_file("truncate", file), real(file, size)); }
+int ftruncate64(int file, off64_t size) { REAL(ftruncate64); WHOLE(met_file("truncate", file), real(file, size)); }
+int rename(const char *from, const char *to) {
+    REAL(rename);
+    WHOLE(met_path("rename", AT_FDCWD, to, 0), real(from, to));
+}
+int renameat(int a, const char *from, int b, const char *to) {
+    REAL(renameat);
+    WHOLE(met_path("rename", b, to, 0), real(a, from, b, to));
+}
+int unlink(const char *path) { REAL(unlink); WHOLE(met_path("unlink", AT_FDCWD, path, 0), real(path)); }
+int unlinkat(int dir, const char *path, int flags) {
+    REAL(unlinkat);
+    WHOLE(met_path("unlink", dir, path, (flags & AT_REMOVEDIR) != 0), real(dir, path, flags));
+}
+int rmdir(const char *path) { REAL(rmdir); WHOLE(met_path("unlink", AT_FDCWD, path, 1), real(path)); }
+int link(const char *from, const char *to) {
+    REAL(link);
+    if (linkless) { errno = EXDEV; return -1; }
+    WHOLE(met_path("link", AT_FDCWD, to, 0), real(from, to));
+}
+int linkat(int a, const char *from, int b, const char *to, int flags) {
+    REAL(linkat);
+    if (linkless) { errno = EXDEV; return -1; }
+    WHOLE(met_path("link", b, to, 0), real(a, from, b, to, flags));
+}
+int symlink(const char *from, const char *to) { REAL(symlink); WHOLE(met_path("link", AT_FDCWD, to, 0), real(from, to)); }
+int mkdir(const char *path, mode_t mode) { REAL(mkdir); WHOLE(met_path("mkdir", AT_FDCWD, path, 1), real(path, mode)); }
+int mkdirat(int dir, const char *path, mode_t mode) {
+    REAL(mkdirat);
+    WHOLE(met_path("mkdir", dir, path, 1), real(dir, path, mode));
+}
+int connect(int file, const struct sockaddr *address, socklen_t size) {
+    REAL(connect);
+    WHOLE(met_port("connect", address), real(file, address, size));
+}
+ssize_t send(int file, const void *bytes, size_t count, int flags) {
+    REAL(send);
+    PARTS(met_socket("send", file), count, real(file, bytes, count, flags), real(file, bytes, count / 2, flags));
+}
+ssize_t sendto(int file, const void *bytes, size_t count, int flags, const struct sockaddr *to, socklen_t size) {
+    REAL(sendto);
+    PARTS(met_socket("send", file), count, real(file, bytes, count, flags, to, size),
+          real(file, bytes, count / 2, flags, to, size));
+}
+ssize_t sendmsg(int file, const struct msghdr *message, int flags) {
+    REAL(sendmsg);
+    WHOLE(met_socket("send", file), real(file, message, flags));
+}
+ssize_t recv(int file, void *bytes, size_t count, int flags) {
+    REAL(recv);
+    WHOLE(met_socket("receive", file), real(file, bytes, count, flags));
+}
