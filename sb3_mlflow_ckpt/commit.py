@@ -238,12 +238,13 @@ def remove_checkpoint(folder: RunFolder, episode: int) -> None:
     """
     metadata_file = folder.metadata(episode)
     withdrawn = atomic.temporary_sibling(metadata_file)
-    # It is missing where an earlier attempt came so far.
-    with suppress(FileNotFoundError):
-        os.replace(metadata_file, withdrawn)
-    atomic.fsync_dir(folder.path)
-    folder.model(episode).unlink(missing_ok=True)
-    withdrawn.unlink(missing_ok=True)
+    with atomic.named(folder.model(episode)):
+        # It is missing where an earlier attempt came so far.
+        with suppress(FileNotFoundError):
+            os.replace(metadata_file, withdrawn)
+        atomic.fsync_dir(folder.path)
+        folder.model(episode).unlink(missing_ok=True)
+        withdrawn.unlink(missing_ok=True)
 
 
 def _announce_replacement(path: Path, metadata_file: Path, metadata: CheckpointMetadata) -> None:
