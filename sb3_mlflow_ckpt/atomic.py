@@ -13,7 +13,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,6 +44,17 @@ def fsync_dir(folder: Path) -> None:
 
 
 @contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Make an OSError say which file it is about; those of open files do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def staged(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
     """Open a temporary beside `path`; on success it is complete on disk under its temporary name.
 
@@ -54,19 +65,30 @@ def staged(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
     """
     temporary = temporary_sibling(path)
     try:
-        with open(temporary, "xb") as file:
+        with named(path), open(temporary, "xb") as file:
             yield file, temporary
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
         raise
 
 
+def discard(path: Path) -> None:
+    """Remove a file that failed; where the disk refuses even that, what was wrong first is what counts."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
 def commit(temporary: Path, path: Path) -> None:
-    """Give a staged file its name, durably."""
-    os.replace(temporary, path)
-    fsync_dir(path.parent)
+    """Give a staged file its name, durably. On an error it may have the name, and then stays under no other."""
+    try:
+        with named(path):
+            os.replace(temporary, path)
+            fsync_dir(path.parent)
+    except BaseException:
+        discard(temporary)
+        raise
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -149,7 +171,7 @@ def read_bytes(path: Path, limit: int = LARGEST_DOCUMENT) -> bytes:
 def append_line(path: Path, value: Any, *, durable: bool = True) -> None:
     """Append one JSON document as a line.
 
-    A line that a crash tore is closed first, so that it spoils itself alone.
+    A line that a crash tore is closed first, so that it spoils itself alone. One that fails is taken back.
 
     Args:
         path: The file; made if it is missing.
@@ -162,16 +184,23 @@ def append_line(path: Path, value: Any, *, durable: bool = True) -> None:
         OSError: It cannot be written.
     """
     line = dump_json(value, indent=None)
-    with opened(path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as file:
-        if file.seek(0, os.SEEK_END) > 0:
+    # Unbuffered: what a failed write left in a buffer would be written by close().
+    with named(path), opened(path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as file:
+        end = file.seek(0, os.SEEK_END)
+        if end > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 line = b"\n" + line
-        rest = memoryview(line)
-        while rest:
-            rest = rest[file.write(rest) :]
-        if durable:
-            os.fsync(file.fileno())
+        try:
+            rest = memoryview(line)
+            while rest:
+                rest = rest[file.write(rest) :]
+            if durable:
+                os.fsync(file.fileno())
+        except BaseException:
+            with suppress(OSError):
+                file.truncate(end)
+            raise
 
 
 def is_torn(path: Path) -> bool:

@@ -1,15 +1,18 @@
 """Owns the write protocol of a checkpoint: capture in memory, commit to disk, remove.
 
-Commit: new chunks of a replay buffer, then the zip are staged, synced and renamed, then the metadata the same way;
-the metadata's presence is the commit. Removal goes the other way round. So a reader sees a whole checkpoint or none,
-whatever dies when.
+Commit: new chunks of a replay buffer are staged, synced and renamed; then the zip and the metadata are staged and
+synced, and renamed in this order; the metadata's presence is the commit. Removal goes the other way round: the
+metadata takes a temporary name, the zip goes, then the temporary. So a reader sees a whole checkpoint or none,
+whatever dies when, and metadata under a temporary name tells the next process that its zip is nobody's.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
     from sb3_mlflow_ckpt.state.model import ModelCapture
     from sb3_mlflow_ckpt.state.replay.buffer import ReplayCapture
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_BROKEN = "The disk reports errors: look at the system's log, and use another checkpoint_dir until it is mended"
+_TOO_MANY_FILES = "Raise the limit of open files (ulimit -n), or make fewer environments"
 _DISK_FULL = (
     "Reduce keep_last_n_checkpoints, increase checkpoint_interval_episodes, clean up old checkpoints, "
     "or use a different checkpoint_dir with more space"
@@ -131,7 +137,7 @@ def prepare_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise CheckpointSaveError(folder, error, _UNUSABLE) from error
+        raise CheckpointSaveError(folder, error, remedy(error)) from error
 
 
 def commit_checkpoint(folder: RunFolder, capture: CheckpointCapture) -> CheckpointMetadata:
@@ -168,16 +174,16 @@ def _commit(folder: RunFolder, capture: CheckpointCapture) -> CheckpointMetadata
             model = replace(model, state={**model.state, "replay": capture.replay.state})
         with atomic.staged(path) as (file, temporary):
             write_archive(file, model, capture.metadata)
-        entry = FileEntry(name=path.name, bytes=temporary.stat().st_size, sha256=atomic.sha256(temporary))
-        metadata = capture.metadata.model_copy(update={"files": [entry, *chunks]})
         try:
-            if metadata_file.exists():
-                _announce_replacement(path, metadata_file, metadata)
-            atomic.commit(temporary, path)
+            entry = FileEntry(name=path.name, bytes=temporary.stat().st_size, sha256=atomic.sha256(temporary))
+            metadata = capture.metadata.model_copy(update={"files": [entry, *chunks]})
+            # Before anything is renamed: a disk that is full for the metadata must leave no zip without it.
+            with atomic.staged(metadata_file) as (file, staged_metadata):
+                file.write(atomic.dump_json(metadata.to_json()))
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            atomic.discard(temporary)
             raise
-        atomic.write_bytes(metadata_file, atomic.dump_json(metadata.to_json()))
+        _rename(folder, metadata, temporary, staged_metadata)
     except OSError as error:
         raise save_error(path, error) from error
     except (ValueError, TypeError) as error:
@@ -185,11 +191,46 @@ def _commit(folder: RunFolder, capture: CheckpointCapture) -> CheckpointMetadata
     return metadata
 
 
+def _rename(folder: RunFolder, metadata: CheckpointMetadata, zip_file: Path, metadata_file: Path) -> None:
+    """Give the two staged files of a checkpoint their names."""
+    path, committed = folder.model(metadata.episode), folder.metadata(metadata.episode)
+    is_new = not path.exists()
+    try:
+        if committed.exists():
+            _announce_replacement(path, committed, metadata)
+        atomic.commit(zip_file, path)
+    except BaseException:
+        atomic.discard(zip_file)
+        _withdraw(path, committed, is_new)
+        atomic.discard(metadata_file)
+        raise
+    try:
+        atomic.commit(metadata_file, committed)
+    except BaseException:
+        _withdraw(path, committed, is_new)
+        raise
+
+
+def _withdraw(path: Path, committed: Path, is_new: bool) -> None:
+    """Remove the zip of a commit that failed, unless its metadata stands all the same or it was there before."""
+    if is_new and not committed.exists():
+        atomic.discard(path)
+
+
+def remedy(error: OSError) -> str:
+    """Return what to do about an error of the disk."""
+    if error.errno in _FULL:
+        return _DISK_FULL
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return _TOO_MANY_FILES
+    return _BROKEN if error.errno == errno.EIO else _UNUSABLE
+
+
 def save_error(path: Path, error: OSError) -> CheckpointSaveError:
     """Return what a disk's error means for the checkpoint that was to lie at `path`, with the remedies."""
     if isinstance(error, CheckpointSaveError):
         return error
-    return CheckpointSaveError(path, error, _DISK_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else _UNUSABLE)
+    return CheckpointSaveError(path, error, remedy(error))
 
 
 def _check_readable(metadata: CheckpointMetadata) -> None:
@@ -204,10 +245,19 @@ def _check_readable(metadata: CheckpointMetadata) -> None:
 
 
 def remove_checkpoint(folder: RunFolder, episode: int) -> None:
-    """Remove one checkpoint: first its metadata, which withdraws the commit, then the zip."""
-    folder.metadata(episode).unlink(missing_ok=True)
-    atomic.fsync_dir(folder.path)
-    folder.model(episode).unlink(missing_ok=True)
+    """Remove one checkpoint: first its metadata, which withdraws the commit, then the zip.
+
+    The metadata goes by a temporary name, which tells whoever sweeps after a crash that the zip was to go, too.
+    """
+    metadata_file = folder.metadata(episode)
+    withdrawn = atomic.temporary_sibling(metadata_file)
+    with atomic.named(folder.model(episode)):
+        # It is missing where an earlier attempt came so far.
+        with suppress(FileNotFoundError):
+            os.replace(metadata_file, withdrawn)
+        atomic.fsync_dir(folder.path)
+        folder.model(episode).unlink(missing_ok=True)
+        withdrawn.unlink(missing_ok=True)
 
 
 def _announce_replacement(path: Path, metadata_file: Path, metadata: CheckpointMetadata) -> None:

@@ -5,8 +5,8 @@
 - `metrics.jsonl`: a point of the learning curve;
 - `checkpoints.jsonl`: `saved`, `mirrored`, `unmirrored`, `pruned`, in the order in which they happened.
 
-The presence of a checkpoint's metadata is its commit; the line `saved` follows it and is made good at the next
-start where a crash came between (`reconcile`).
+The presence of a checkpoint's metadata is its commit; the line `saved` follows it, and is made good at the next
+start where a crash came between (`corrections`), or with the next line where the disk refused it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from sb3_mlflow_ckpt.errors import (
     CheckpointCorruptError,
     CheckpointError,
     CheckpointNotFoundError,
+    InvalidIdError,
     RunFolderBusyError,
     RunTakenOverError,
 )
@@ -37,11 +38,13 @@ from sb3_mlflow_ckpt.layout import (
     chunk_range,
     entry_chunk,
     metadata_episode,
+    temporary_target,
 )
-from sb3_mlflow_ckpt.metadata import CheckpointMetadata, parse_metadata, timestamp_now
+from sb3_mlflow_ckpt.metadata import CheckpointMetadata, timestamp_now
 from sb3_mlflow_ckpt.ownership import FolderClaim
 from sb3_mlflow_ckpt.runs.document import wrong_field
 from sb3_mlflow_ckpt.timeline import Timeline
+from sb3_mlflow_ckpt.verification import read_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +199,29 @@ class CheckpointLedger:
         return set(self.saved) - set(self.uris) - self.pruned - self.retired
 
 
+def corrections(folder: RunFolder, ledger: CheckpointLedger) -> list[dict[str, Any]]:
+    """Return the lines that a ledger lacks to agree with its folder.
+
+    The two differ where a crash, or this moment, lies between a commit or a removal and its line.
+    """
+    saved: list[dict[str, Any]] = []
+    on_disk = committed_episodes(folder)
+    for episode in on_disk:
+        try:
+            facts = saved_facts(read_metadata(folder.model(episode)))
+        except (OSError, CheckpointError) as error:
+            logger.warning("A checkpoint is passed over: %s", error)
+            continue
+        known = ledger.saved.get(episode, {})
+        # An episode that was saved again has other content under the same name.
+        if not known or episode in ledger.pruned or facts["sha256"] != known.get("sha256"):
+            saved.append({"event": "saved", **facts})
+    # As they were committed: a run that went back to an older checkpoint has lower numbers after higher ones.
+    saved.sort(key=lambda facts: (facts["timestamp"], facts["episode"]))
+    gone = sorted(set(ledger.saved) - set(on_disk) - ledger.pruned)
+    return saved + [{"event": "pruned", "episode": episode, "time": timestamp_now()} for episode in gone]
+
+
 class RunJournal:
     """The one writer of a run folder's record, curve and checkpoint ledger. Safe to call from any thread.
 
@@ -219,6 +245,8 @@ class RunJournal:
         events, _ = atomic.read_lines(folder.events)
         for event in events:
             self.ledger.apply(event)
+        # Lines that the disk refused; they go before the next one.
+        self._refused: list[dict[str, Any]] = []
         self._record: dict[str, Any] = read_record(folder) if folder.record.exists() else {}
         last_points = _last_points(folder.metrics)
         self._curve_end = max((steps for steps, _ in last_points), default=-1)
@@ -227,7 +255,7 @@ class RunJournal:
             *(saved.get("timestamp") for saved in self.ledger.saved.values()),
         ]:
             self._timeline.note(stamp)
-        self._reconcile()
+        self.reconcile()
 
     @property
     def record(self) -> dict[str, Any]:
@@ -323,14 +351,29 @@ class RunJournal:
 
     def close(self) -> None:
         """Release the folder."""
+        with self._lock:
+            if self._refused:
+                self._write_events()
         self._claim.release()
 
     def _add_event(self, event: dict[str, Any]) -> None:
+        """Take a fact in, and write it down; a disk that refuses the line does not undo the fact."""
         with self._lock:
-            self.make_sure()
-            atomic.append_line(self.folder.events, event)
             self.ledger.apply(event)
+            self._refused.append(event)
+            self._write_events()
         self._notify()
+
+    def _write_events(self) -> None:
+        try:
+            self.make_sure()
+            while self._refused:
+                atomic.append_line(self.folder.events, self._refused[0])
+                del self._refused[0]
+        except RunTakenOverError:
+            raise
+        except OSError as error:
+            logger.warning("A line on the run's checkpoints was not written and follows later: %s", error)
 
     def _write_record(self) -> None:
         self.make_sure()
@@ -365,28 +408,18 @@ class RunJournal:
         if not self.folder.events.exists():
             lines = [atomic.dump_json(event, indent=None) for event in self.ledger.events()]
             atomic.write_bytes(self.folder.events, b"".join(lines))
-            self._reconcile()
+            self._refused.clear()
+            self.reconcile()
 
     def _notify(self) -> None:
         for listener in self._listeners:
             listener()
 
-    def _reconcile(self) -> None:
-        """Make the ledger agree with the folder where a crash came between a commit or removal and its line."""
-        on_disk = set(committed_episodes(self.folder))
-        for episode in sorted(on_disk):
-            path = self.folder.metadata(episode)
-            try:
-                metadata = parse_metadata(atomic.read_bytes(path), path)
-            except (OSError, CheckpointError) as error:
-                logger.warning("A checkpoint is passed over: %s", error)
-                continue
-            known = self.ledger.saved.get(episode) if episode not in self.ledger.pruned else None
-            # An episode that was saved again is new content, which no mirror has.
-            if known is None or known.get("sha256") != saved_facts(metadata)["sha256"]:
-                self.add_saved(metadata)
-        for episode in sorted(set(self.ledger.saved) - on_disk - self.ledger.pruned):
-            self.add_pruned(episode)
+    def reconcile(self) -> None:
+        """Make the ledger agree with the folder."""
+        with self._lock:
+            for event in corrections(self.folder, self.ledger):
+                self._add_event(event)
 
 
 def _last_points(path: Path) -> list[tuple[int, Any]]:
@@ -403,20 +436,33 @@ def sweep_dead_writers(folder: RunFolder) -> None:
 
     The caller holds this folder's lock. Another one is swept only if nobody holds its lock.
     """
-    _sweep(folder.path)
+    sweep(folder)
     for other in _subfolders(folder.path.parent):
         if other == folder.path or not temporaries(other):
             continue
         try:
             with FileLock(other / LOCK_NAME, timeout=0):
-                _sweep(other)
-        except (Timeout, OSError) as error:
+                sweep(RunFolder.at(other))
+        except (Timeout, OSError, InvalidIdError) as error:
             logger.debug("%s is left as it is: %s", other, error)
 
 
-def _sweep(folder: Path) -> None:
-    for path in temporaries(folder):
-        path.unlink(missing_ok=True)
+def sweep(folder: RunFolder) -> None:
+    """Remove what dead writers left half-written in a run's folder, whose lock the caller holds."""
+    for path in temporaries(folder.path):
+        discard_temporary(folder, path)
+
+
+def discard_temporary(folder: RunFolder, path: Path) -> None:
+    """Remove one file that a dead writer left half-written.
+
+    Metadata under a temporary name is that of a commit or a removal that was not finished. Its zip goes first, so
+    that the next one knows it, too, if this process dies in between.
+    """
+    episode = metadata_episode(temporary_target(path.name) or "")
+    if episode is not None and not folder.metadata(episode).exists():
+        folder.model(episode).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def temporaries(folder: Path) -> list[Path]:

@@ -38,6 +38,7 @@ _MODEL_NAME = re.compile(r"ep(\d{6,18})\.zip", re.ASCII)
 _METADATA_NAME = re.compile(r"ep(\d{6,18})_metadata\.json", re.ASCII)
 _MARKER_NAME = re.compile(r"\.?ep(\d{6,18})\.(pin|lease)", re.ASCII)
 _CHUNK_NAME = re.compile(r"(\d{12,18})-(\d{12,18})-[0-9a-f]{8}\.zst", re.ASCII)
+_TEMPORARY_NAME = re.compile(re.escape(TEMPORARY_PREFIX) + r"\d+-[0-9a-f]+-(.+)", re.DOTALL)
 _FORBIDDEN = frozenset('/\\:*?"<>|')
 # Names that Windows keeps for devices: a folder of a shared drive must be readable there too.
 _PORTS = "123456789\u00b9\u00b2\u00b3"
@@ -193,6 +194,12 @@ def metadata_episode(name: str) -> int | None:
     """Return the episode of a file name such as `ep000050_metadata.json`, or None for any other name."""
     match = _METADATA_NAME.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def temporary_target(name: str) -> str | None:
+    """Return the name that a temporary was to have, or None for a name that is no temporary's."""
+    match = _TEMPORARY_NAME.fullmatch(name)
+    return match[1] if match else None
 
 
 def chunk_name(start: int, end: int, token: str) -> str:

@@ -218,6 +218,10 @@ class LiveRun:
             self._chunks.add(metadata)
             self._journal.add_saved(metadata)
         except OSError as error:
+            # It may stand all the same, where the disk failed at the very end: then it is kept like any other.
+            self._chunks.look_at(capture.metadata.episode)
+            if not isinstance(error, RunTakenOverError):
+                self._journal.reconcile()
             raise save_error(self.folder.model(capture.metadata.episode), error) from error
         finally:
             if capture.replay is not None:
@@ -239,18 +243,16 @@ class LiveRun:
         ledger = self._journal.snapshot()
         protected = {PINNED: pinned_episodes(self.folder), NOT_MIRRORED: self._waiting_for_mirror()}
         saved = saved_checkpoints(ledger, set(ledger.saved) - ledger.pruned)
-        removed = False
         for episode in self._options.retention.removable(saved, protected):
             try:
                 if evict(self.folder, episode) is not None:
                     continue  # A resume reads it, or it was pinned just now: its turn comes again.
-                removed = True
                 self._chunks.discard(episode)
                 self._journal.add_pruned(episode)
             except OSError as error:
                 logger.warning("An old checkpoint could not be removed: %s", error)
-        if removed:
-            self._chunks.sweep()
+        # Also what a checkpoint that was saved again, or one that failed, leaves behind.
+        self._chunks.sweep()
 
     def _waiting_for_mirror(self) -> set[int]:
         if not self._mirrored:

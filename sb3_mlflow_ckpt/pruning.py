@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.commit import remove_checkpoint
 from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointNotFoundError
-from sb3_mlflow_ckpt.journal import CheckpointLedger, committed_episodes, read_record
+from sb3_mlflow_ckpt.journal import CheckpointLedger, committed_episodes, read_record, sweep
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.leases import leased_episodes, removable, sweep_leases
 from sb3_mlflow_ckpt.metadata import timestamp_now
@@ -126,6 +126,7 @@ def _prune(folder: RunFolder, retention: Retention, *, dry_run: bool) -> Pruning
         else:
             pruning.removed.append(folder.model(episode))
     if not dry_run:
+        sweep(folder)
         ChunkSweeper(folder).sweep()
         sweep_pins(folder)
         sweep_leases(folder)

@@ -20,7 +20,14 @@ from filelock import FileLock, Timeout
 
 from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.errors import CheckpointError, ForeignCheckpointError, MirrorUnavailableError
-from sb3_mlflow_ckpt.journal import CheckpointLedger, committed_episodes, read_record, saved_facts, temporaries
+from sb3_mlflow_ckpt.journal import (
+    CheckpointLedger,
+    committed_episodes,
+    discard_temporary,
+    read_record,
+    saved_facts,
+    temporaries,
+)
 from sb3_mlflow_ckpt.layout import FETCH_PREFIX, RunFolder, chunk_entry, entry_chunk, metadata_episode, model_episode
 from sb3_mlflow_ckpt.leases import sweep_leases
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, FileEntry, timestamp_now
@@ -99,7 +106,7 @@ class _Repairer:
 
     def _temporaries(self) -> Iterator[Repair]:
         for path in temporaries(self._folder.path):
-            yield self._do(f"{path.name} was never finished", "removed", partial(path.unlink, missing_ok=True))
+            yield self._do(f"{path.name} was never finished", "removed", partial(discard_temporary, self._folder, path))
         for path in self._folder.path.glob(f"{FETCH_PREFIX}*"):
             if path.is_dir() and not path.is_symlink():
                 yield self._do(f"{path.name} was never finished", "removed", partial(shutil.rmtree, path))

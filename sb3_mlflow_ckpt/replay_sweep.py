@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 
 from sb3_mlflow_ckpt import atomic
-from sb3_mlflow_ckpt.errors import CheckpointError
+from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointNotFoundError
 from sb3_mlflow_ckpt.journal import committed_episodes
 from sb3_mlflow_ckpt.layout import RunFolder, chunk_range, entry_chunk, metadata_episode
 from sb3_mlflow_ckpt.leases import leased_episodes
@@ -40,16 +40,23 @@ class ChunkSweeper:
         if not self._names():
             return
         for episode in committed_episodes(folder):
-            try:
-                self._needed[episode] = needed_chunks(read_metadata(folder.model(episode), settle=False))
-            except (CheckpointError, OSError) as error:
-                logger.warning("No replay chunks are removed from %s: %s", folder.path, error)
-                self._unknown.add(episode)
+            self.look_at(episode)
 
     def add(self, metadata: CheckpointMetadata) -> None:
         """Note a checkpoint that was committed."""
         self._unknown.discard(metadata.episode)
         self._needed[metadata.episode] = needed_chunks(metadata)
+
+    def look_at(self, episode: int) -> None:
+        """Note what a checkpoint needs by its metadata on disk: nothing, where it has none."""
+        self.discard(episode)
+        try:
+            self._needed[episode] = needed_chunks(read_metadata(self._folder.model(episode), settle=False))
+        except CheckpointNotFoundError:
+            return
+        except (CheckpointError, OSError) as error:
+            logger.warning("No replay chunks are removed from %s: %s", self._folder.path, error)
+            self._unknown.add(episode)
 
     def discard(self, episode: int) -> None:
         """Note that a checkpoint's metadata and zip were removed."""

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sb3_mlflow_ckpt import atomic
-from sb3_mlflow_ckpt.errors import CheckpointCorruptError, CheckpointError, InvalidIdError, RunNotFoundError
-from sb3_mlflow_ckpt.journal import CheckpointLedger, committed_episodes, read_record, saved_facts
+from sb3_mlflow_ckpt.errors import CheckpointCorruptError, InvalidIdError, RunNotFoundError
+from sb3_mlflow_ckpt.journal import CheckpointLedger, corrections, read_record
 from sb3_mlflow_ckpt.layout import RunFolder, check_id, id_spellings
-from sb3_mlflow_ckpt.metadata import parse_metadata
 from sb3_mlflow_ckpt.pins import pinned_episodes
 from sb3_mlflow_ckpt.runs.document import checkpoint_entry
 from sb3_mlflow_ckpt.runs.reader import Document, Documents, spellings, summary
@@ -37,26 +36,13 @@ def read_run(folder: RunFolder) -> dict[str, Any]:
 
 
 def read_ledger(folder: RunFolder) -> CheckpointLedger:
-    """Return the state of a run's checkpoints: what `checkpoints.jsonl` tells, corrected by what is on disk.
-
-    The two differ where a crash, or this moment, lies between a commit or a removal and its line.
-    """
+    """Return the state of a run's checkpoints: what `checkpoints.jsonl` tells, corrected by what is on disk."""
     ledger = CheckpointLedger()
     # The lines first: what is committed after they were read is found on disk, and never the other way round.
     for event in atomic.read_lines(folder.events)[0]:
         ledger.apply(event)
-    on_disk = set(committed_episodes(folder))
-    unknown = []
-    for episode in on_disk - (set(ledger.saved) - ledger.pruned):
-        path = folder.metadata(episode)
-        try:
-            unknown.append(saved_facts(parse_metadata(atomic.read_bytes(path), path)))
-        except (OSError, CheckpointError) as error:
-            logger.warning("A checkpoint is passed over: %s", error)
-    for facts in sorted(unknown, key=lambda facts: (facts["timestamp"], facts["episode"])):
-        ledger.apply({"event": "saved", **facts})
-    for episode in set(ledger.saved) - on_disk:
-        ledger.apply({"event": "pruned", "episode": episode})
+    for event in corrections(folder, ledger):
+        ledger.apply(event)
     return ledger
 
 

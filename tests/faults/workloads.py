@@ -25,7 +25,7 @@ from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, prune_checkpoints, ru
 from sb3_mlflow_ckpt.commit import capture_checkpoint
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.live_run import LiveRun, RunOptions
-from sb3_mlflow_ckpt.policies import KeepLastN
+from sb3_mlflow_ckpt.policies import Retention
 from sb3_mlflow_ckpt.replication import Mirror
 from sb3_mlflow_ckpt.runs.document import new_record
 from sb3_mlflow_ckpt.state.replay.buffer import ReplayRecorder, restore_replay
@@ -229,7 +229,7 @@ def _live(
         run_id = mirror.open(record) or run_id
         record |= mirror.describe()
     record |= {"run_id": run_id, "root_run_id": run_id}
-    options = RunOptions(retention=KeepLastN(kept), heartbeat_seconds=0.05, sync_timeout_seconds=30.0)
+    options = RunOptions(retention=Retention(kept), heartbeat_seconds=0.05, sync_timeout_seconds=30.0)
     return LiveRun(RunFolder(CHECKPOINTS, AGENT, run_id), record, wanted, options, fresh=fresh)
 
 

@@ -48,11 +48,7 @@ def write_rows(rows: ChunkRows, span: Span, folder: RunFolder, token: str) -> Ch
         except NotPlainError as error:
             reason = f"the infos of the replay buffer are not kept ({error})"
             write_chunk(cast("IO[bytes]", hashed), replace(rows, infos=None))
-    try:
-        atomic.commit(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    atomic.commit(temporary, path)
     return Chunk(name, span.start, span.end, hashed.bytes, hashed.digest.hexdigest(), reason)
 
 
