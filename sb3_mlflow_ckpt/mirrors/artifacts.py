@@ -16,7 +16,8 @@ from sb3_mlflow_ckpt.layout import (
     model_episode,
     model_path,
 )
-from sb3_mlflow_ckpt.mirrors.mlflow import LATEST_TAG, quick_requests, unavailable
+from sb3_mlflow_ckpt.mirrors.naming import LATEST_TAG
+from sb3_mlflow_ckpt.mirrors.patience import quick_requests, unavailable
 from sb3_mlflow_ckpt.runs.document import redact
 from sb3_mlflow_ckpt.verification import read_metadata, verify_checkpoint
 

@@ -13,6 +13,7 @@ from sb3_mlflow_ckpt.config import TrainingConfig, flatten, inheritable_fields
 if TYPE_CHECKING:
     from mlflow.entities import Metric
 
+LATEST_TAG = "mlflow.latest_checkpoint_artifact"
 TAG_PREFIX = "sb3_mlflow_ckpt."
 ERROR_TAG = f"{TAG_PREFIX}error"
 EPISODES_METRIC = "rollout/episodes"

@@ -25,7 +25,7 @@ from processes import DEADLINE, Leash, environment, start_trainer, trainer, wait
 from servers import MongoServer, SilentServer
 
 from sb3_mlflow_ckpt.layout import RunFolder
-from sb3_mlflow_ckpt.mirrors.mlflow import LATEST_TAG
+from sb3_mlflow_ckpt.mirrors.naming import LATEST_TAG
 from sb3_mlflow_ckpt.runs.folder import FolderRuns
 from sb3_mlflow_ckpt.runs.mongo import CHECKPOINTS, METRICS, RUNS, MongoRuns, connect
 
