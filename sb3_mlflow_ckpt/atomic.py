@@ -92,8 +92,13 @@ def append_line(path: Path, value: Any, *, durable: bool = True) -> None:
             os.fsync(file.fileno())
 
 
-def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+def read_lines(path: Path, offset: int = 0, at_most: int = -1) -> tuple[list[dict[str, Any]], int]:
     """Read the complete JSON lines from a byte offset on; torn and foreign lines are passed over.
+
+    Args:
+        path: The file; it may be missing.
+        offset: Where to begin, in bytes.
+        at_most: About how many bytes to read; all where it is negative. A line is never cut by it.
 
     Returns:
         The documents and the offset behind the last complete line.
@@ -101,7 +106,9 @@ def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     try:
         with open(path, "rb") as file:
             file.seek(offset)
-            content = file.read()
+            content = file.read(at_most)
+            if at_most >= 0:
+                content += file.readline()
     except FileNotFoundError:
         return [], offset
     end = content.rfind(b"\n") + 1

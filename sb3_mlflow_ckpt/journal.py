@@ -3,7 +3,7 @@
 `run.json` holds what changes in place and is rewritten atomically; the other two only grow, a line a fact:
 
 - `metrics.jsonl`: a point of the learning curve;
-- `checkpoints.jsonl`: `saved`, `mirrored`, `unmirrored`, `pruned`, in the order in which they happened.
+- `checkpoints.jsonl`: `saved`, `mirrored`, `unmirrored`, `missing`, `pruned`, in the order in which they happened.
 
 The presence of a checkpoint's metadata is its commit; the line `saved` follows it and is made good at the next
 start where a crash came between (`reconcile`).
@@ -120,6 +120,8 @@ class CheckpointLedger:
         elif kind == "unmirrored":
             self.uris.pop(episode, None)
             self.retired.add(episode)
+        elif kind == "missing":
+            self.uris.pop(episode, None)
         elif kind == "pruned":
             self.pruned.add(episode)
         else:
@@ -154,6 +156,7 @@ class RunJournal:
         except Timeout as error:
             raise RunFolderBusyError(folder.path) from error
         self._lock = threading.RLock()
+        self._closed = False
         self._listeners: list[Callable[[], None]] = []
         self.ledger = CheckpointLedger()
         events, _ = atomic.read_lines(folder.events)
@@ -181,6 +184,7 @@ class RunJournal:
     def update(self, **fields: Any) -> None:
         """Change fields of the record and rewrite it; a nested mapping replaces the one before."""
         with self._lock:
+            self._check_open()
             self._record.update(fields)
             self._write_record()
         self._notify()
@@ -194,6 +198,7 @@ class RunJournal:
         if point.get("num_timesteps", 0) <= self._curve_end:
             return
         with self._lock:
+            self._check_open()
             atomic.append_line(self.folder.metrics, dict(point), durable=False)
         self._notify()
 
@@ -216,6 +221,10 @@ class RunJournal:
         """Note that the mirror's retention removed its copy of a checkpoint."""
         self._add_event({"event": "unmirrored", "episode": episode, "time": timestamp_now()})
 
+    def add_missing(self, episode: int) -> None:
+        """Note that the mirror lacks a checkpoint that it had: it waits again, if it is still on disk."""
+        self._add_event({"event": "missing", "episode": episode, "time": timestamp_now()})
+
     def add_pruned(self, episode: int) -> None:
         """Note that a checkpoint's files were removed from the folder."""
         self._add_event({"event": "pruned", "episode": episode, "time": timestamp_now()})
@@ -235,11 +244,18 @@ class RunJournal:
         self._listeners.append(listener)
 
     def close(self) -> None:
-        """Release the folder."""
+        """Release the folder; nothing is written to it from now on, by whatever thread comes late."""
+        with self._lock:
+            self._closed = True
         self._file_lock.release()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError(f"The journal of {self.folder.path} is closed")
 
     def _add_event(self, event: dict[str, Any]) -> None:
         with self._lock:
+            self._check_open()
             atomic.append_line(self.folder.events, event)
             self.ledger.apply(event)
         self._notify()

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sb3_mlflow_ckpt.atomic import read_lines
 from sb3_mlflow_ckpt.journal import RunJournal
+from sb3_mlflow_ckpt.layout import ARTIFACT_FOLDER
 from sb3_mlflow_ckpt.mirrors import naming
+from sb3_mlflow_ckpt.mirrors.inspection import Inspection, missing_metrics
+from sb3_mlflow_ckpt.mirrors.naming import LATEST_TAG, PARENT_TAG
 from sb3_mlflow_ckpt.mirrors.patience import Patience, quick_requests, unavailable
-from sb3_mlflow_ckpt.mirrors.tracked_run import TrackedRun, found_run
-from sb3_mlflow_ckpt.mirrors.uploads import Uploads
+from sb3_mlflow_ckpt.mirrors.tracked_run import TrackedRun, found_run, run_of
+from sb3_mlflow_ckpt.mirrors.uploads import Uploads, latest_artifact
 from sb3_mlflow_ckpt.policies import KeepLastN
-from sb3_mlflow_ckpt.runs.document import TERMINAL_STATUSES, redact
+from sb3_mlflow_ckpt.runs.document import TERMINAL_STATUSES
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,6 +31,7 @@ logger = logging.getLogger(__name__)
 _STATUS = {"completed": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 _METRICS_PER_BATCH = 900  # MLflow takes 1,000 of all kinds
 _PARAMS_PER_BATCH = 100
+_BYTES_PER_SLICE = 1 << 18
 
 
 class MLflowMirror:
@@ -101,15 +106,7 @@ class MLflowMirror:
 
     def describe(self) -> dict[str, Any]:
         """Return where the run is tracked, or is to be once MLflow answers; without credentials."""
-        info = self._target.run.info if self._target.run is not None else None
-        return {
-            "mlflow": {
-                "tracking_uri": redact(self._target.uri),
-                "experiment_name": self._target.experiment_name,
-                "experiment_id": info.experiment_id if info is not None else None,
-                "run_id": info.run_id if info is not None else None,
-            }
-        }
+        return {"mlflow": self._target.describe()}
 
     def replicate(self, journal: RunJournal) -> None:
         """Send everything that MLflow lacks: the run, checkpoints, parameters, tags, metrics, then the status."""
@@ -117,19 +114,61 @@ class MLflowMirror:
             self._patience.take()
             self._replicate(journal)
 
-    def _replicate(self, journal: RunJournal) -> None:
+    def heal(self, journal: RunJournal, *, verify: bool = False) -> list[str]:
+        """Compare MLflow with the folder, and send what it lacks or has otherwise, whatever the ledger says.
+
+        A run that was deleted is restored; one that is gone for good is made anew. Copies that retention removed are
+        not sent again.
+
+        Args:
+            journal: The run.
+            verify: Whether to download and hash zips and chunks.
+
+        Returns:
+            What was changed, a line each.
+        """
+        with self._lock:
+            self._patience.take()
+            self._forget()
+            lines = self._target.heal(journal.record)
+            client, run, uploads = self._connect(journal)
+            lines += Inspection(uploads, journal, verify=verify).run()
+            if missing := missing_metrics(client, run.info.run_id, journal):
+                self._log_metrics(client, run, [[metric] for metric in missing])
+                lines.append(f"{len(missing)} values of the learning curve were missing: they are sent")
+            lines += self._replicate(journal, healing=True)
+            latest = latest_artifact(journal)
+            if latest is not None and client.get_run(run.info.run_id).data.tags.get(LATEST_TAG) != latest:
+                client.set_tag(run.info.run_id, LATEST_TAG, latest)
+                lines.append(f"the tag {LATEST_TAG} is set")
+            return lines
+
+    def _connect(self, journal: RunJournal) -> tuple[MlflowClient, Run, Uploads]:
         record = journal.record
         client, run = self._target.connect(record)
         if (record.get("mlflow") or {}).get("run_id") != run.info.run_id:
             journal.update(**self.describe())
         if self._uploads is None:
             self._uploads = Uploads(client, run, self._target.uri, KeepLastN(self._keep_last_n))
-        self._send_tags(client, run, record)
-        self._uploads.send(journal)
-        self._send_params(client, run, record)
+            self._sent_tags = {str(key): str(value) for key, value in run.data.tags.items()}
+        return client, run, self._uploads
+
+    def _replicate(self, journal: RunJournal, *, healing: bool = False) -> list[str]:
+        """Send what MLflow is not known to have; return what that was, a line each."""
+        client, run, uploads = self._connect(journal)
+        record = journal.record
+        tags = self._send_tags(client, run, record, healing)
+        files = uploads.send(journal)
+        params = self._send_params(client, run, record)
         self._send_metrics(client, run, journal)
-        self._uploads.prune(journal)
-        self._send_status(client, run, record)
+        uploads.prune(journal)
+        status = self._send_status(client, run, record)
+        return [
+            *(f"{ARTIFACT_FOLDER}/{name} is sent" for name in files),
+            *(f"the parameter {name} is sent" for name in params),
+            *(f"the tag {name} is set" for name in tags),
+            *([f"the status is set to {status}"] if status else []),
+        ]
 
     def cancel(self) -> None:
         """End a run that `open` made as failed: nothing will be trained under it."""
@@ -146,11 +185,11 @@ class MLflowMirror:
         """Give MLflow's settings back to the caller; its client keeps no connection."""
         self._patience.give_back()
 
-    def _send_params(self, client: MlflowClient, run: Run, record: Mapping[str, Any]) -> None:
+    def _send_params(self, client: MlflowClient, run: Run, record: Mapping[str, Any]) -> list[str]:
         from mlflow.entities import Param
 
         if self._sent_params:
-            return
+            return []
         present = client.get_run(run.info.run_id).data.params
         params = []
         for key, value in naming.parameters(record.get("config") or {}).items():
@@ -162,60 +201,76 @@ class MLflowMirror:
         for start in range(0, len(params), _PARAMS_PER_BATCH):
             client.log_batch(run.info.run_id, params=params[start : start + _PARAMS_PER_BATCH])
         self._sent_params = True
+        return [param.key for param in params]
 
-    def _send_tags(self, client: MlflowClient, run: Run, record: Mapping[str, Any]) -> None:
+    def _send_tags(self, client: MlflowClient, run: Run, record: Mapping[str, Any], healing: bool) -> list[str]:
         from mlflow.entities import RunTag
 
         tags = naming.tags(record)
         root = record.get("root_run_id")
-        if root and root != record.get("run_id") and "mlflow.parentRunId" not in self._sent_tags:
-            tags |= self._parent_tag(client, run, str(root))
+        if root and root != record.get("run_id"):
+            tags |= self._parent_tag(client, str(root), healing)
         if not record.get("error") and naming.ERROR_TAG in run.data.tags:
             tags[naming.ERROR_TAG] = ""  # Of an attempt that failed before this one.
         fresh = {key: value for key, value in tags.items() if self._sent_tags.get(key) != value}
         if fresh:
             client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in fresh.items()])
             self._sent_tags |= fresh
+        return [*fresh]
 
-    def _parent_tag(self, client: MlflowClient, run: Run, root: str) -> dict[str, str]:
-        if "mlflow.parentRunId" in run.data.tags or found_run(client, root) is None:
-            return {}  # It has one, or the first run was trained without this server.
+    def _parent_tag(self, client: MlflowClient, root: str, healing: bool) -> dict[str, str]:
+        present = self._sent_tags.get(PARENT_TAG)
+        if present is not None and not (healing and found_run(client, present) is None):
+            return {}
         # The root, not the parent: MLflow's list shows one level, so that a chain of resumes stays flat.
-        return {"mlflow.parentRunId": root}
+        found = run_of(client, root)
+        return {} if found is None else {PARENT_TAG: found.info.run_id}  # It may have been trained without this server.
 
     def _send_metrics(self, client: MlflowClient, run: Run, journal: RunJournal) -> None:
-        from sb3_mlflow_ckpt.atomic import read_lines
-
         if self._metrics_until is None:
-            # An earlier process may have sent a part: what MLflow has says from where on to send.
+            # An earlier process may have sent a part. Steps only grow; a clock may be set back.
             history = client.get_metric_history(run.info.run_id, naming.EPISODES_METRIC)
-            self._metrics_until = max((metric.timestamp for metric in history), default=-1)
-        points, offset = read_lines(journal.folder.metrics, self._metrics_offset)
+            self._metrics_until = max((metric.step for metric in history), default=-1)
+        while True:
+            # In slices: how long an outage was must not show in the memory that its end takes.
+            points, offset = read_lines(journal.folder.metrics, self._metrics_offset, _BYTES_PER_SLICE)
+            if offset == self._metrics_offset:
+                return
+            fresh = [m for m in map(naming.metrics, points) if m and m[0].step > self._metrics_until]
+            self._log_metrics(client, run, fresh)
+            self._metrics_until = max([self._metrics_until, *(metrics[0].step for metrics in fresh)])
+            self._metrics_offset = offset
+
+    def _log_metrics(self, client: MlflowClient, run: Run, points: Iterable[Sequence[Metric]]) -> None:
+        """Send points in batches that cut none, so that one which is there is there whole.
+
+        What is sent twice, where an answer was lost, MLflow has once: it knows a value by its step and time.
+        """
         batch: list[Metric] = []
-        for point in points:
-            metrics = naming.metrics(point)
-            if not metrics or metrics[0].timestamp <= self._metrics_until:
-                continue
-            if len(batch) + len(metrics) > _METRICS_PER_BATCH:
+        for metrics in points:
+            if batch and len(batch) + len(metrics) > _METRICS_PER_BATCH:
                 client.log_batch(run.info.run_id, metrics=batch)
                 batch = []
             batch += metrics
         if batch:
             client.log_batch(run.info.run_id, metrics=batch)
-        self._metrics_offset = offset
-        if points:
-            self._metrics_until = max(self._metrics_until, *(m.timestamp for m in naming.metrics(points[-1])[:1]), -1)
 
-    def _send_status(self, client: MlflowClient, run: Run, record: Mapping[str, Any]) -> None:
+    def _send_status(self, client: MlflowClient, run: Run, record: Mapping[str, Any]) -> str | None:
+        """Send the status if it changed; return it where it was sent."""
         status = str(record["status"])
         attempt_status = (int(record.get("attempt", 1)), status)
         if attempt_status == self._sent_status or not self._target.owned:
-            return
+            return None
+        before, changed = self._sent_status, None
         if status in TERMINAL_STATUSES:
-            client.set_terminated(
-                run.info.run_id, _STATUS[status], end_time=naming.milliseconds(record.get("ended_at"))
-            )
-        elif self._trains and (run.info.status != "RUNNING" or self._sent_status is not None):
+            changed, ended = _STATUS[status], naming.milliseconds(record.get("ended_at"))
+            if before is None and (run.info.status, run.info.end_time) == (changed, ended):
+                changed = None
+            else:
+                client.set_terminated(run.info.run_id, changed, end_time=ended)
+        elif self._trains and (run.info.status != "RUNNING" or before is not None):
             # Not by a sync: the record of a killed trainer says "running" for ever.
-            client.update_run(run.info.run_id, status="RUNNING")
+            changed = "RUNNING"
+            client.update_run(run.info.run_id, status=changed)
         self._sent_status = attempt_status
+        return changed

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from sb3_mlflow_ckpt.mirrors import naming
 from sb3_mlflow_ckpt.mirrors.patience import REFUSALS
+from sb3_mlflow_ckpt.runs.document import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+_DELETED = "deleted"
 # The runs that trainings of this process write to.
 _claimed: set[str] = set()
 
@@ -44,6 +46,7 @@ class TrackedRun:
         self._run_id: str | None = None
         self._below: str | None = None
         self.run: Run | None = None
+        self._experiment_found: str | None = None
         self.owned, self.created = True, False
 
     @property
@@ -92,7 +95,50 @@ class TrackedRun:
             self.created = self.run is None
             if self.run is None:
                 self.run = self._create(client, record)
+        if self._experiment_found is None:
+            # A server that was wiped gives a new run another experiment's number, but not its name.
+            self._experiment_found = str(client.get_experiment(self.run.info.experiment_id).name)
         return client, self.run
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a record says of the run, so that it is found again, or made again where it is gone."""
+        info = self.run.info if self.run is not None else None
+        return {
+            "tracking_uri": redact(self.uri),
+            "experiment_name": self._experiment_found or self.experiment_name,
+            "experiment_id": info.experiment_id if info is not None else None,
+            "run_id": info.run_id if info is not None else None,
+        }
+
+    def heal(self, record: Mapping[str, Any]) -> list[str]:
+        """Find the run of a record, bring it back where it was deleted, make it anew where it is gone for good.
+
+        Returns:
+            What was done, a line each.
+        """
+        client = self.client
+        known = (record.get("mlflow") or {}).get("run_id")
+        self.run = (found_run(client, known) if known else None) or self._run_of_folder(client, record)
+        if self.run is None:
+            self.run, self.created = self._create(client, record), True
+            made = f"the run is made as {self.run.info.run_id}"
+            return [f"{made}: MLflow has no run {known} any more" if known else made]
+        return self._restore(client, self.run)
+
+    def _restore(self, client: MlflowClient, run: Run) -> list[str]:
+        if run.info.lifecycle_stage != _DELETED:
+            return []
+        lines = []
+        experiment = client.get_experiment(run.info.experiment_id)
+        if experiment.lifecycle_stage == _DELETED:
+            client.restore_experiment(experiment.experiment_id)
+            lines.append(f"the experiment {experiment.name!r} was deleted: it is restored")
+        # An experiment brings back the runs that went with it.
+        self.run = client.get_run(run.info.run_id)
+        if self.run.info.lifecycle_stage == _DELETED:
+            client.restore_run(run.info.run_id)
+            self.run = client.get_run(run.info.run_id)
+        return [*lines, f"the run {run.info.run_id} was deleted: it is restored"]
 
     def _run_of_folder(self, client: MlflowClient, record: Mapping[str, Any]) -> Run | None:
         """Return the run that a folder is named after: a trainer may die before it has noted where it is tracked."""
@@ -103,7 +149,7 @@ class TrackedRun:
 
         tags = {str(key): str(value) for key, value in resolve_tags().items()}
         if self._below is not None:
-            tags["mlflow.parentRunId"] = self._below
+            tags[naming.PARENT_TAG] = self._below
         git = record.get("git")
         if git:
             tags.setdefault("mlflow.source.git.commit", git["commit"])
@@ -130,6 +176,9 @@ class TrackedRun:
                 experiment = client.get_experiment_by_name(name)
                 if experiment is None:
                     raise
+        elif experiment.lifecycle_stage == _DELETED:
+            # Its name cannot be given again while it is in MLflow's waste bin.
+            client.restore_experiment(experiment.experiment_id)
         return str(experiment.experiment_id)
 
 
@@ -143,3 +192,16 @@ def found_run(client: MlflowClient, run_id: str) -> Run | None:
         if error.error_code in REFUSALS:
             return None
         raise
+
+
+def run_of(client: MlflowClient, run_id: str) -> Run | None:
+    """Return the MLflow run of a training by the training's own id, whatever MLflow calls it.
+
+    The two are the same until a run that was gone for good is made anew.
+    """
+    found = found_run(client, run_id)
+    if found is not None or "'" in run_id:
+        return found
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    named = client.search_runs(experiments, f"tags.`{naming.RUN_ID_TAG}` = '{run_id}'", max_results=1)
+    return named[0] if named else None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sb3_mlflow_ckpt.journal import RunJournal
@@ -27,78 +30,107 @@ class Uploads:
         run: The run.
         uri: The tracking URI.
         retention: Which copies stay.
+
+    Attributes:
+        files: What MLflow has, names as metadata gives them -> bytes; asked for once, since an earlier process may
+            have sent some, and kept up to date by what is sent and removed here.
     """
 
     def __init__(self, client: MlflowClient, run: Run, uri: str, retention: KeepLastN) -> None:
+        self.run_id = str(run.info.run_id)
         self._client = client
-        self._run = run
+        self._artifact_uri = run.info.artifact_uri
         self._uri = uri
         self._retention = retention
-        self._sent_chunks: set[str] | None = None
 
-    def send(self, journal: RunJournal) -> None:
-        """Send the checkpoints that wait."""
-        client, run_id = self._client, self._run.info.run_id
+    @cached_property
+    def files(self) -> dict[str, int | None]:
+        found: dict[str, int | None] = {}
+        for folder in (ARTIFACT_FOLDER, f"{ARTIFACT_FOLDER}/{REPLAY_FOLDER}"):
+            for file in self._client.list_artifacts(self.run_id, folder):
+                if not file.is_dir:
+                    found[file.path.removeprefix(f"{ARTIFACT_FOLDER}/")] = file.file_size
+        return found
+
+    def send(self, journal: RunJournal) -> list[str]:
+        """Send the checkpoints that wait; return their names."""
+        sent = []
         for episode in sorted(journal.waiting_for_mirror()):
             model, metadata = journal.folder.model(episode), journal.folder.metadata(episode)
             if not (model.exists() and metadata.exists()):
                 continue  # Pruned meanwhile: the backlog was longer than its limit.
             saved = journal.ledger.saved[episode]
             sha256 = saved.get("sha256")
-            self._send_chunks(journal, saved.get("replay", ()))
+            # Of another content under this name: while the zip is sent, nobody must take it for whole.
+            self.withdraw(metadata.name)
+            for name in saved.get("replay", ()):
+                if chunk_entry(name) not in self.files:
+                    self._put(journal.folder.chunk(name), chunk_entry(name))
             # Zip first, metadata last, a file at a time: the mirror has the disk's commit protocol.
-            client.log_artifact(run_id, str(model), ARTIFACT_FOLDER)
-            client.log_artifact(run_id, str(metadata), ARTIFACT_FOLDER)
+            self._put(model, model.name)
+            self._put(metadata, metadata.name)
             artifact = f"{ARTIFACT_FOLDER}/{model.name}"
-            client.set_tag(run_id, LATEST_TAG, artifact)
-            journal.add_mirrored(episode, f"runs:/{run_id}/{artifact}", sha256)
+            if episode == _in_order_of_saving(journal, episode)[-1]:
+                self._client.set_tag(self.run_id, LATEST_TAG, artifact)
+            journal.add_mirrored(episode, f"runs:/{self.run_id}/{artifact}", sha256)
+            sent.append(model.name)
+        return sent
 
     def prune(self, journal: RunJournal) -> None:
         """Remove the copies that are too old, and the chunks that no copy needs any more."""
-        removable = self._retention.removable(list(journal.ledger.uris))
+        removable = self._retention.removable(_in_order_of_saving(journal))
         if not removable:
             return
-        repository = self._repository()
         for episode in removable:
-            for path in (journal.folder.metadata(episode), journal.folder.model(episode)):
-                try:
-                    _delete(repository, path.name)
-                except NotImplementedError:
-                    logger.warning("This artifact store cannot delete: mlflow_keep_last_n_checkpoints keeps all")
-                    self._retention = KeepLastN(0)
-                    return
+            try:
+                self._remove(path.name for path in (journal.folder.metadata(episode), journal.folder.model(episode)))
+            except NotImplementedError:
+                logger.warning("This artifact store cannot delete: mlflow_keep_last_n_checkpoints keeps all")
+                self._retention = KeepLastN(0)
+                return
             journal.add_unmirrored(episode)
         ledger = journal.snapshot()
         named = {e: set(ledger.saved[e].get("replay", ())) for e in ledger.saved}
         gone = set().union(*(named[episode] for episode in removable if episode in named))
         kept = set().union(*(named[e] for e in {*ledger.uris, *ledger.waiting} if e in named))
         if gone - kept:
-            known = self._known_chunks()
-            for name in known - kept:
-                _delete(repository, chunk_entry(name))
-            known &= kept
+            chunks = {name for name in self.files if name.startswith(f"{REPLAY_FOLDER}/")}
+            self._remove(sorted(chunks - {chunk_entry(name) for name in kept}))
 
-    def _send_chunks(self, journal: RunJournal, names: Iterable[str]) -> None:
+    def withdraw(self, name: str) -> None:
+        """Remove a file if MLflow has it and the store can; what is sent next takes its place."""
+        if name in self.files:
+            with suppress(NotImplementedError):
+                self._remove([name])
+
+    def get(self, name: str, folder: Path) -> Path:
+        """Download a file into a folder."""
+        return Path(self._client.download_artifacts(self.run_id, f"{ARTIFACT_FOLDER}/{name}", str(folder)))
+
+    def _put(self, path: Path, name: str) -> None:
+        folder = f"{ARTIFACT_FOLDER}/{name}".rpartition("/")[0]
+        self._client.log_artifact(self.run_id, str(path), folder)
+        self.files[name] = path.stat().st_size if path.exists() else None
+
+    def _remove(self, names: Iterable[str]) -> None:
         for name in names:
-            sent = self._known_chunks()
-            if name not in sent:
-                path = f"{ARTIFACT_FOLDER}/{chunk_entry(name)}"
-                chunk = str(journal.folder.chunk(name))
-                self._client.log_artifact(self._run.info.run_id, chunk, path.rpartition("/")[0])
-                sent.add(name)
+            self._repository.delete_artifacts(f"{ARTIFACT_FOLDER}/{name}")  # type: ignore[no-untyped-call]
+            self.files.pop(name, None)
 
-    def _known_chunks(self) -> set[str]:
-        """Return the chunks that MLflow has; an earlier process may have sent some."""
-        if self._sent_chunks is None:
-            files = self._client.list_artifacts(self._run.info.run_id, f"{ARTIFACT_FOLDER}/{REPLAY_FOLDER}")
-            self._sent_chunks = {file.path.rpartition("/")[2] for file in files}
-        return self._sent_chunks
-
+    @cached_property
     def _repository(self) -> ArtifactRepository:
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-        return get_artifact_repository(self._run.info.artifact_uri, tracking_uri=self._uri)
+        return get_artifact_repository(self._artifact_uri, tracking_uri=self._uri)
 
 
-def _delete(repository: ArtifactRepository, file: str) -> None:
-    repository.delete_artifacts(f"{ARTIFACT_FOLDER}/{file}")  # type: ignore[no-untyped-call]
+def latest_artifact(journal: RunJournal) -> str | None:
+    """Return the artifact of the newest checkpoint that MLflow has."""
+    episodes = _in_order_of_saving(journal)
+    return f"{ARTIFACT_FOLDER}/{journal.folder.model(episodes[-1]).name}" if episodes else None
+
+
+def _in_order_of_saving(journal: RunJournal, *further: int) -> list[int]:
+    """Return the episodes in MLflow, the newest last: one that was sent again is as old as it was."""
+    ledger = journal.snapshot()
+    return [episode for episode in ledger.saved if episode in ledger.uris or episode in further]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
@@ -37,6 +38,9 @@ class Store:
     def add(self, journal: RunJournal) -> None:
         self._publish(journal)
         journal.close()
+        if journal.record["heartbeat_at"] == STALE:
+            # The file that a dead run left is as old as its last heartbeat.
+            os.utime(journal.folder.record, (0, 0))
 
 
 def mongo_store(uri: str, database: str) -> Iterator[Store]:
