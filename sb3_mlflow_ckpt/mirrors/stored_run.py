@@ -10,15 +10,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeAlias
 
-from pymongo import ReplaceOne
+from pymongo import ReplaceOne, UpdateOne
 from pymongo.errors import BulkWriteError, DuplicateKeyError
 
 from sb3_mlflow_ckpt.runs.document import SCHEMA_VERSION
 from sb3_mlflow_ckpt.runs.mongo import ATTEMPT, CHECKPOINTS, METRICS, RUNS, SEEN_AT, MongoDatabase, encode, make_indexes
 
-BATCH = 200
+BATCH = 100
 """Documents in one request: few enough that it ends well within the time that an operation may take."""
 _DUPLICATE_KEY = 11000
+_Write: TypeAlias = "ReplaceOne[dict[str, Any]] | UpdateOne"
 _Items: TypeAlias = Sequence[Mapping[str, Any]]
 
 
@@ -87,10 +88,8 @@ class StoredRun:
         if self.superseded:
             raise SupersededError
         filters = [{"run_id": self._run_id, **{name: item[name] for name in key}} for item in items]
-        requests = [
-            ReplaceOne({**known, ATTEMPT: self._not_later}, self._document(item), upsert=True)
-            for known, item in zip(filters, items, strict=True)
-        ]
+        write = self._add if collection == METRICS else self._replace
+        requests = [write(known, item) for known, item in zip(filters, items, strict=True)]
         try:
             self._database[collection].bulk_write(requests, ordered=False)
         except BulkWriteError as error:
@@ -110,6 +109,7 @@ class StoredRun:
         """Make the run's documents these, and no others; return what was changed, a line each."""
         expected = {tuple(item[name] for name in key): item for item in items}
         foreign: list[Any] = []
+        different: list[Any] = []
         for stored in self._database[collection].find({"run_id": self._run_id}):
             identity, known = stored.pop("_id"), tuple(stored.get(name) for name in key)
             item = expected.get(known) if all(isinstance(part, (str, int, float)) for part in known) else None
@@ -117,7 +117,9 @@ class StoredRun:
                 foreign.append(identity)
             elif stored == self._document(item):
                 del expected[known]
-        for batch in _batches(foreign):
+            else:
+                different.append(identity)
+        for batch in _batches([*foreign, *different]):
             self._database[collection].delete_many({"_id": {"$in": batch}})
         for batch in _batches(expected.values()):
             self.upsert(collection, batch, key)
@@ -125,6 +127,16 @@ class StoredRun:
             *([f"{what}: {len(foreign)} that the folder does not know removed"] if foreign else []),
             *([f"{what}: {len(expected)} missing or different sent"] if expected else []),
         ]
+
+    def _add(self, known: Mapping[str, Any], item: Mapping[str, Any]) -> _Write:
+        # A point never changes: what an earlier attempt writes again is the same, and must not lower the number.
+        # Sought by its key alone, which every server does by its index.
+        document = self._document(item)
+        attempt = document.pop(ATTEMPT)
+        return UpdateOne(known, {"$set": document, "$max": {ATTEMPT: attempt}}, upsert=True)
+
+    def _replace(self, known: Mapping[str, Any], item: Mapping[str, Any]) -> _Write:
+        return ReplaceOne({**known, ATTEMPT: self._not_later}, self._document(item), upsert=True)
 
     def _document(self, item: Mapping[str, Any]) -> dict[str, Any]:
         return {**encode(item), "run_id": self._run_id, "schema_version": SCHEMA_VERSION, ATTEMPT: self._attempt}

@@ -289,7 +289,7 @@ def _sync_mongo(uri: str, database: str) -> list[SyncResult]:
 def _folder_of_runs(number: int) -> None:
     for index in range(number):
         journal = start_run(Path("checkpoints"), f"run-{index}", agent_id=f"agent_{index % 2}", config={"seed": index})
-        for step in range(1, 451):
+        for step in range(1, 121):
             add_point(journal, 10 * step, ep_rew_mean=step / 3)
         for episode in (10, 20, 30):
             save(journal, episode)
@@ -299,10 +299,10 @@ def _folder_of_runs(number: int) -> None:
 
 
 def test_a_whole_database_is_made_again_from_a_folder_of_runs(mongo_uri: str, mongo_database: str) -> None:
-    _folder_of_runs(6)
-    assert len(_sync_mongo(mongo_uri, mongo_database)) == 6
+    _folder_of_runs(3)
+    assert len(_sync_mongo(mongo_uri, mongo_database)) == 3
     before = _documents(mongo_uri, mongo_database)
-    assert [len(rows) for rows in before.values()] == [6, 18, 2700]
+    assert [len(rows) for rows in before.values()] == [3, 9, 360]
     client: MongoClient[dict[str, Any]]
     with MongoClient(mongo_uri) as client:
         client.drop_database(mongo_database)
@@ -325,7 +325,7 @@ _EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "runs-dropped": (lambda db: db[RUNS].drop(), "the record was missing"),
     "checkpoints-dropped": (lambda db: db[CHECKPOINTS].drop(), "checkpoints: 3 missing or different sent"),
-    "metrics-dropped": (lambda db: db[METRICS].drop(), "learning curve: 450 missing or different sent"),
+    "metrics-dropped": (lambda db: db[METRICS].drop(), "learning curve: 120 missing or different sent"),
     "entry-edited": (
         lambda db: db[CHECKPOINTS].update_one({"run_id": "run-0", "episode": 20}, {"$set": {"sha256": "f" * 64}}),
         "checkpoints: 1 missing or different sent",
@@ -343,8 +343,8 @@ _EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
         "learning curve: 1 missing or different sent",
     ),
     "foreign-points": (
-        lambda db: db[METRICS].insert_many([{"run_id": "run-0", "time": "x", "num_timesteps": n} for n in range(300)]),
-        "learning curve: 300 that the folder does not know removed",
+        lambda db: db[METRICS].insert_many([{"run_id": "run-0", "time": "x", "num_timesteps": n} for n in range(150)]),
+        "learning curve: 150 that the folder does not know removed",
     ),
 }  # fmt: skip
 
