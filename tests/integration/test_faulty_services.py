@@ -71,7 +71,7 @@ def test_a_training_passes_through_every_fault_and_misses_nothing(tmp_path: Path
         if mode in ("refuse", "hang", "http-500", "http-503", "cut", "reset"):
             assert training.mirrored == mirrored, f"{mode}: something went through"
         if mode in ("hang", "hang-answer", "http-500", "http-503"):
-            wait_for(lambda: all(map(int.__gt__, proxied.faults, faults)), f"{mode} at each service", training.process)
+            wait_for(lambda before=faults: all(map(int.__gt__, proxied.faults, before)), mode, training.process)
         proxied.set("pass")
         wait_for(lambda: training.is_mirrored(proxied), f"catching up after {mode}", training.process)
     training.release()
