@@ -73,31 +73,33 @@ def sync_runs(
     Raises:
         InvalidIdError: An id could leave the folder.
     """
-    results: list[SyncResult] = []
     # The oldest first: a run that is made anew in MLflow must be there before those below it.
-    for folder in sorted(run_folders(checkpoint_dir, run_id, agent_id), key=_started_at):
-        if not folder.record.exists():
-            continue
-        try:
-            journal = RunJournal(folder)
-        except RunFolderBusyError:
-            results.append(SyncResult(folder.path, "", "it is training now; its own process sends it"))
-            continue
-        except (CheckpointError, OSError) as error:
-            results.append(SyncResult(folder.path, "", str(error)))
-            continue
-        try:
-            try:
-                mirrors = _mirrors(journal.record, tracking_uri, mongo_uri, mongo_db)
-            except ConfigError as error:
-                results.append(SyncResult(folder.path, "", str(error)))
-                continue
-            results += [_send(folder, journal, mirror, verify) for mirror in mirrors]
-            if not mirrors:
-                results.append(SyncResult(folder.path, "no mirror", None))
-        finally:
-            journal.close()
-    return results
+    folders = sorted(run_folders(checkpoint_dir, run_id, agent_id), key=_started_at)
+    return [
+        result
+        for folder in folders
+        if folder.record.exists()
+        for result in _sync_folder(folder, tracking_uri, mongo_uri, mongo_db, verify)
+    ]
+
+
+def _sync_folder(
+    folder: RunFolder, tracking_uri: str | None, mongo_uri: str | None, mongo_db: str | None, verify: bool
+) -> list[SyncResult]:
+    try:
+        journal = RunJournal(folder)
+    except RunFolderBusyError:
+        return [SyncResult(folder.path, "", "it is training now; its own process sends it")]
+    except (CheckpointError, OSError) as error:
+        return [SyncResult(folder.path, "", str(error))]
+    try:
+        mirrors = _mirrors(journal.record, tracking_uri, mongo_uri, mongo_db)
+        results = [_send(folder, journal, mirror, verify) for mirror in mirrors]
+        return results or [SyncResult(folder.path, "no mirror", None)]
+    except ConfigError as error:
+        return [SyncResult(folder.path, "", str(error))]
+    finally:
+        journal.close()
 
 
 def _started_at(folder: RunFolder) -> tuple[str, str, str]:

@@ -143,15 +143,17 @@ def test_services_that_hang_when_training_ends_and_wake_up_are_sent_the_rest(tmp
     training.assert_nothing_is_missing(proxied, tmp_path / "download")
 
 
-@pytest.mark.parametrize("mode", ["http-503", "reset"])
-def test_services_that_are_broken_at_the_start_are_one_clear_line(tmp_path: Path, proxied: Proxied, mode: str) -> None:
+@pytest.mark.parametrize(("name", "mode"), [("MLflow", "http-503"), ("MongoDB", "reset")])
+def test_a_service_that_is_broken_at_the_start_is_one_clear_line(
+    tmp_path: Path, proxied: Proxied, name: str, mode: str
+) -> None:
     proxied.set(mode)
-    for flags, name in ((proxied.flags[:2], "MLflow"), (("--mlflow", "false", *proxied.flags[2:]), "MongoDB")):
-        done = trainer(*FLAGS, *flags, "--total-timesteps", 64, cwd=tmp_path)
-        assert done.returncode == 1
-        [line] = done.stderr.splitlines()
-        assert line.startswith(f"Error: {name} at ")
-        assert "does not answer: " in line
+    flags = proxied.flags[:2] if name == "MLflow" else ("--mlflow", "false", *proxied.flags[2:])
+    done = trainer(*FLAGS, *flags, "--total-timesteps", 64, cwd=tmp_path)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"Error: {name} at ")
+    assert "does not answer: " in line
     assert not [*tmp_path.rglob("run.json"), *tmp_path.rglob("ep*")]
 
 
