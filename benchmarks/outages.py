@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.parse
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,12 @@ from processes import environment  # noqa: E402
 from servers import MongoServer  # noqa: E402
 
 FAULTS = ("refuse", "hang", "hang-answer", "http-500", "slow", "cut", "reset")
-WARM_UP_STEPS = 4096
+WARM_UP_STEPS = 1024
 SYNC_TIMEOUT = 2.0
 
 _TRAINING = """
-import json, sys, time
+import json, shutil, sys, time
 import psutil
-from pathlib import Path
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from sb3_mlflow_ckpt import EpisodeCheckpointCallback, MLflowMirror, MongoMirror
@@ -45,83 +43,96 @@ from sb3_mlflow_ckpt import EpisodeCheckpointCallback, MLflowMirror, MongoMirror
 tracking_uri, mongo_uri, warm_up, steps, sync_timeout = *sys.argv[1:3], *map(float, sys.argv[3:])
 process = psutil.Process()
 
+def tell(value):
+    print(json.dumps(value), flush=True)
+
 class Measure(BaseCallback):
-    began = None
+    began = figures = None
 
     def _on_step(self):
         if self.began is None and self.num_timesteps >= warm_up:
-            print(json.dumps("ready"), flush=True)
+            tell("ready")
             sys.stdin.readline()
             self.began = time.perf_counter(), time.process_time(), process.memory_info().rss
         elif self.began is not None and self.num_timesteps >= warm_up + steps:
             wall, cpu, rss = self.began
-            print(json.dumps({"steps": self.num_timesteps - warm_up, "wall": time.perf_counter() - wall,
-                              "cpu": time.process_time() - cpu, "grown": process.memory_info().rss - rss}), flush=True)
+            self.figures = {"steps": self.num_timesteps - warm_up, "wall": time.perf_counter() - wall,
+                            "cpu": time.process_time() - cpu, "grown": process.memory_info().rss - rss}
+            self.ended = time.perf_counter()
             return False
         return True
 
-mirrors = [] if tracking_uri == "none" else [MLflowMirror(tracking_uri), MongoMirror(mongo_uri, "benchmark")]
-checkpoints = EpisodeCheckpointCallback(
-    50, 3, mirrors=mirrors, heartbeat_seconds=1.0, sync_timeout_seconds=sync_timeout, max_unmirrored_checkpoints=1000
-)
-model = PPO("MlpPolicy", "CartPole-v1", seed=0, n_steps=512, device="cpu")
-with checkpoints:
-    model.learn(10**9, callback=CallbackList([checkpoints, Measure()]))
-folder = checkpoints.folder
-saved = sum('"saved"' in line for line in folder.events.read_text().splitlines())
-print(json.dumps({"saved": saved, "points": len(folder.metrics.read_text().splitlines())}), flush=True)
+while mode := sys.stdin.readline().strip():
+    mirrors = [] if mode == "none" else [MLflowMirror(tracking_uri), MongoMirror(mongo_uri, "benchmark")]
+    checkpoints = EpisodeCheckpointCallback(
+        20, 3, mirrors=mirrors, heartbeat_seconds=1.0, sync_timeout_seconds=sync_timeout,
+        max_unmirrored_checkpoints=1000,
+    )
+    model = PPO("MlpPolicy", "CartPole-v1", seed=0, n_steps=512, device="cpu")
+    measure = Measure()
+    with checkpoints:
+        model.learn(10**9, callback=CallbackList([checkpoints, measure]))
+    folder = checkpoints.folder
+    tell(measure.figures | {
+        "end": time.perf_counter() - measure.ended,
+        "saved": sum('"saved"' in line for line in folder.events.read_text().splitlines()),
+        "points": len(folder.metrics.read_text().splitlines()),
+    })
+    shutil.rmtree(folder.path)
 """
 
 
 class Bench:
-    """The servers, each behind its proxy."""
+    """The servers, each behind its proxy, and the process that trains."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, steps: int) -> None:
         self._tracking, self._mongo = MlflowServer(folder / "mlflow"), MongoServer(folder / "mongo")
         self._tracking.start()
         self._mongo.start()
         uris = (self._tracking.uri, self._mongo.uri)
         self.proxies = [FaultProxy(urllib.parse.urlsplit(uri).port or 0) for uri in uris]
+        tracking, mongo = (f"127.0.0.1:{proxy.port}" for proxy in self.proxies)
+        addresses = [f"http://{tracking}", f"mongodb://{mongo}/?directConnection=true"]
+        self._training = subprocess.Popen(
+            [sys.executable, "-c", _TRAINING, *addresses, *map(str, (WARM_UP_STEPS, steps, SYNC_TIMEOUT))],
+            cwd=folder, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True,
+        )  # fmt: skip
 
     def close(self) -> None:
+        self._training.kill()
+        self._training.wait()
         for proxy in self.proxies:
             proxy.close()
         self._tracking.stop()
         self._mongo.stop()
 
-    def set(self, mode: str) -> None:
+    def measure(self, mode: str) -> dict[str, Any]:
+        """Train once and return the figures; `none` is without mirrors, `pass` with healthy ones."""
+        self._tell(mode)
+        self._hear()
+        self._set("pass" if mode == "none" else mode)
+        self._tell("go")
+        figures: dict[str, Any] = self._hear()
+        # Whoever hangs is set free, so that it is not in the next one's way.
+        self._set("pass")
+        return figures
+
+    def _set(self, mode: str) -> None:
         for proxy in self.proxies:
             proxy.set(mode)
 
-    def measure(self, mode: str, steps: int) -> dict[str, Any]:
-        """Train once and return the figures; `none` is without mirrors, `pass` with healthy ones."""
-        tracking, mongo = (f"127.0.0.1:{proxy.port}" for proxy in self.proxies)
-        uris = ["none", "none"] if mode == "none" else [f"http://{tracking}", f"mongodb://{mongo}/?directConnection=true"]
-        with tempfile.TemporaryDirectory(dir=self._folder) as cwd:
-            training = subprocess.Popen(
-                [sys.executable, "-c", _TRAINING, *uris, *map(str, (WARM_UP_STEPS, steps, SYNC_TIMEOUT))],
-                cwd=cwd, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, text=True,
-            )  # fmt: skip
-            assert training.stdin is not None
-            assert training.stdout is not None
-            try:
-                json.loads(training.stdout.readline())
-                self.set("pass" if mode == "none" else mode)
-                training.stdin.write("go\n")
-                training.stdin.flush()
-                figures: dict[str, Any] = json.loads(training.stdout.readline())
-                ended = time.perf_counter()
-                figures |= json.loads(training.stdout.readline())
-                training.stdin.close()
-                training.wait(120)
-                figures["end"] = time.perf_counter() - ended
-            finally:
-                self.set("pass")
-                training.kill()
-                training.wait()
-        return figures
+    def _tell(self, line: str) -> None:
+        assert self._training.stdin is not None
+        self._training.stdin.write(f"{line}\n")
+        self._training.stdin.flush()
+
+    def _hear(self) -> Any:
+        assert self._training.stdout is not None
+        while not (line := self._training.stdout.readline()).startswith(("{", '"')):
+            if not line:
+                raise RuntimeError("The training died")
+        return json.loads(line)
 
 
 def table(rounds: list[dict[str, dict[str, Any]]]) -> str:
@@ -162,11 +173,11 @@ def main() -> None:
     arguments = parser.parse_args()
     modes, rounds = ["none", "pass", *arguments.faults], []
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder))
+        bench = Bench(Path(folder), arguments.steps)
         try:
             for number in range(arguments.rounds):
                 order = random.Random(number).sample(modes, len(modes))
-                figures = {mode: bench.measure(mode, arguments.steps) for mode in order}
+                figures = {mode: bench.measure(mode) for mode in order}
                 rounds.append({mode: figures[mode] for mode in modes})
                 print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
         finally:
