@@ -95,6 +95,8 @@ def append_line(path: Path, value: Any, *, durable: bool = True) -> None:
 def read_lines(path: Path, offset: int = 0, at_most: int = -1) -> tuple[list[dict[str, Any]], int]:
     """Read the complete JSON lines from a byte offset on; torn and foreign lines are passed over.
 
+    A file that is shorter than that is another one than before, and is read from its beginning.
+
     Args:
         path: The file; it may be missing.
         offset: Where to begin, in bytes.
@@ -105,6 +107,8 @@ def read_lines(path: Path, offset: int = 0, at_most: int = -1) -> tuple[list[dic
     """
     try:
         with open(path, "rb") as file:
+            if offset > os.fstat(file.fileno()).st_size:
+                offset = 0
             file.seek(offset)
             content = file.read(at_most)
             if at_most >= 0:

@@ -22,6 +22,7 @@ from sb3_mlflow_ckpt.errors import (
     CheckpointSaveError,
     IncompatibleCheckpointError,
     MirrorUnavailableError,
+    RunTakenOverError,
     TrainingInterrupted,
 )
 from sb3_mlflow_ckpt.interruption import ExitGuard, SignalGuard
@@ -379,7 +380,7 @@ class EpisodeCheckpointCallback(BaseCallback):
 
     def _check_writer(self, live: LiveRun) -> None:
         for failure in live.failures():
-            if self._on_save_failure == "stop":
+            if self._on_save_failure == "stop" or isinstance(failure, RunTakenOverError):
                 raise failure
             self._saved_state = None
             logger.error("%s; training goes on (on_save_failure: continue)", failure)
