@@ -223,10 +223,15 @@ def close_line(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+def read_lines(path: Path, offset: int = 0, at_most: int = -1) -> tuple[list[dict[str, Any]], int]:
     """Read the complete JSON lines from a byte offset on; torn, foreign and endless lines are passed over.
 
     A file that is shorter than that is another one than before, and is read from its beginning.
+
+    Args:
+        path: The file; it may be missing.
+        offset: Where to begin, in bytes.
+        at_most: About how many bytes to read; all where it is negative. A line is never cut by it.
 
     Returns:
         The documents and the offset behind the last complete line.
@@ -241,14 +246,17 @@ def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
             if offset > os.fstat(file.fileno()).st_size:
                 offset = 0
             file.seek(offset)
+            start = offset
             for line, end in _complete_lines(file, offset):
                 offset = end
                 try:
                     row = strict_json.loads(line)
                 except ValueError:
-                    continue
+                    row = None
                 if isinstance(row, dict):
                     rows.append(row)
+                if 0 <= at_most <= offset - start:
+                    break
     except FileNotFoundError:
         return [], offset
     return rows, offset

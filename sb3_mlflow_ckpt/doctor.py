@@ -214,7 +214,7 @@ def mlflow_server(tracking_uri: str | None) -> Iterator[Finding]:
     import mlflow
     from mlflow import MlflowClient
 
-    from sb3_mlflow_ckpt.mirrors.mlflow import quick_requests, unavailable
+    from sb3_mlflow_ckpt.mirrors.patience import quick_requests, unavailable
 
     address = tracking_uri or mlflow.get_tracking_uri()
     shown = redact(address)

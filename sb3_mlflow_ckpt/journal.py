@@ -3,7 +3,7 @@
 `run.json` holds what changes in place and is rewritten atomically; the other two only grow, a line a fact:
 
 - `metrics.jsonl`: a point of the learning curve;
-- `checkpoints.jsonl`: `saved`, `mirrored`, `unmirrored`, `pruned`, in the order in which they happened.
+- `checkpoints.jsonl`: `saved`, `mirrored`, `unmirrored`, `missing`, `pruned`, in the order in which they happened.
 
 The presence of a checkpoint's metadata is its commit; the line `saved` follows it, and is made good at the next
 start where a crash came between (`corrections`), or with the next line where the disk refused it.
@@ -176,6 +176,8 @@ class CheckpointLedger:
         elif kind == "unmirrored":
             self.uris.pop(episode, None)
             self.retired.add(episode)
+        elif kind == "missing":
+            self.uris.pop(episode, None)
         elif kind == "pruned":
             self.pruned.add(episode)
         else:
@@ -240,6 +242,7 @@ class RunJournal:
         self._claim = FolderClaim(folder)
         self._timeline = Timeline()
         self._lock = threading.RLock()
+        self._closed = False
         self._listeners: list[Callable[[], None]] = []
         self.ledger = CheckpointLedger()
         events, _ = atomic.read_lines(folder.events)
@@ -284,8 +287,11 @@ class RunJournal:
         Raises:
             RunTakenOverError: Another process writes to it now.
             OSError: It is gone and cannot be made again.
+            ValueError: The journal is closed.
         """
         with self._lock:
+            if self._closed:
+                raise ValueError(f"The journal of {self.folder.path} is closed")
             if not self._claim.holds():
                 self._claim_again()
             elif self._superseded():
@@ -331,6 +337,10 @@ class RunJournal:
         """Note that the mirror's retention removed its copy of a checkpoint."""
         self._add_event({"event": "unmirrored", "episode": episode, "time": timestamp_now()})
 
+    def add_missing(self, episode: int) -> None:
+        """Note that the mirror lacks a checkpoint that it had: it waits again, if it is still on disk."""
+        self._add_event({"event": "missing", "episode": episode, "time": timestamp_now()})
+
     def add_pruned(self, episode: int) -> None:
         """Note that a checkpoint's files were removed from the folder."""
         self._add_event({"event": "pruned", "episode": episode, "time": timestamp_now()})
@@ -350,10 +360,11 @@ class RunJournal:
         self._listeners.append(listener)
 
     def close(self) -> None:
-        """Release the folder."""
+        """Release the folder; nothing is written to it from now on, by whatever thread comes late."""
         with self._lock:
             if self._refused:
                 self._write_events()
+            self._closed = True
         self._claim.release()
 
     def _add_event(self, event: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 # An hour of a disk that takes nothing.
 _MOST_UNWRITTEN_POINTS = 3600
 _SYNC_SECONDS_AFTER_SIGNAL = 10.0
+_LAST_ROUND_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -161,10 +163,13 @@ class LiveRun:
                 # What happens in that folder is told by its new owner.
                 self._replicators.clear()
             timeout = self._sync_timeout(status)
+            deadline = time.monotonic() + timeout
             behind = close_all(self._storing(True), timeout, hurry)
             # What waited for its copy may go now, and that is a fact the others are still to be told.
             self._prune()
-            behind += close_all(self._storing(False), timeout, hurry)
+            # One limit for all, but for a moment: a mirror that answers must not miss the end for one that hangs.
+            left = max(deadline - time.monotonic(), min(timeout, _LAST_ROUND_SECONDS))
+            behind += close_all(self._storing(False), left, hurry)
             for name in behind:
                 logger.warning(
                     "%s misses a part of this run; send it with: sb3-mlflow-ckpt checkpoints sync --checkpoint-dir %s",

@@ -22,7 +22,8 @@ from sb3_mlflow_ckpt.journal import RunJournal, read_record
 from sb3_mlflow_ckpt.layout import RunFolder, id_spellings
 from sb3_mlflow_ckpt.mirrors.naming import TAG_PREFIX
 from sb3_mlflow_ckpt.provenance import hostname
-from sb3_mlflow_ckpt.runs.document import derived_status, redact
+from sb3_mlflow_ckpt.runs.document import redact
+from sb3_mlflow_ckpt.runs.folder import shown
 from sb3_mlflow_ckpt.sync import mirrors_of, send
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def _judge(folder: RunFolder, record: Mapping[str, Any]) -> Reaped | None:
         return None
     host, pid, heartbeat = record.get("host"), record.get("pid"), record.get("heartbeat_at")
     detail = f"process {pid} on {host}, last heartbeat {heartbeat}"
-    if host != hostname() and derived_status(record) != "lost":
+    if host != hostname() and shown(folder, dict(record))["status"] != "lost":
         return Reaped(folder.run_id, str(folder.path), "fresh", f"{detail}: another host's, and not stale yet")
     return Reaped(folder.run_id, str(folder.path), "would fail", detail)
 
@@ -178,7 +179,7 @@ def reap_mlflow_orphans(
     import mlflow
     from mlflow import MlflowClient
 
-    from sb3_mlflow_ckpt.mirrors.mlflow import quick_requests, unavailable
+    from sb3_mlflow_ckpt.mirrors.patience import quick_requests, unavailable
 
     address = tracking_uri or mlflow.get_tracking_uri()
     results = []

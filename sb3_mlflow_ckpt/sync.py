@@ -1,16 +1,16 @@
-"""Owns catching up: what mirrors missed of the runs on disk is sent from their folders."""
+"""Owns catching up: what mirrors missed of the runs on disk, lost or have otherwise is sent from their folders."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sb3_mlflow_ckpt.checkpoints import run_folders
 from sb3_mlflow_ckpt.config import TrainingConfig
 from sb3_mlflow_ckpt.errors import CheckpointError, ConfigError, RunFolderBusyError
-from sb3_mlflow_ckpt.journal import RunJournal
+from sb3_mlflow_ckpt.journal import RunJournal, read_record
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.replication import Mirror
 from sb3_mlflow_ckpt.runs.document import redact
@@ -27,11 +27,21 @@ class SyncResult:
         folder: The run folder.
         mirror: The mirror's name; "no mirror" where the run has none, empty where the folder could not be read.
         error: Why it did not succeed, or None.
+        changes: What was sent or healed, a line each.
     """
 
     folder: Path
     mirror: str
     error: str | None
+    changes: tuple[str, ...] = ()
+
+
+class Healing(Mirror, Protocol):
+    """A mirror that can be compared with the folder, whatever the ledger says that it has."""
+
+    def heal(self, journal: RunJournal, *, verify: bool) -> list[str]:
+        """Make the mirror what the folder says; return what was changed, a line each."""
+        ...
 
 
 def sync_runs(
@@ -42,8 +52,11 @@ def sync_runs(
     tracking_uri: str | None = None,
     mongo_uri: str | None = None,
     mongo_db: str | None = None,
+    verify: bool = False,
 ) -> list[SyncResult]:
-    """Send what MLflow and MongoDB lack of the runs below a checkpoint folder. Doing it twice changes nothing.
+    """Make MLflow and MongoDB what the runs below a checkpoint folder say. Doing it twice changes nothing.
+
+    What is missing there is sent, whether it never was, was deleted or was edited.
 
     A run is sent to the mirrors that it had, and to those that are named here. A run that is training now is left
     to its own process.
@@ -55,58 +68,70 @@ def sync_runs(
         tracking_uri: MLflow's tracking URI; the run's own where it is None.
         mongo_uri: The MongoDB; the run's own where it is None.
         mongo_db: The database's name; the run's own where it is None.
+        verify: Whether to download and hash the checkpoints in MLflow; names, sizes and metadata are compared always.
 
     Raises:
         InvalidIdError: An id could leave the folder.
     """
-    results: list[SyncResult] = []
-    for folder in run_folders(checkpoint_dir, run_id, agent_id):
-        if not folder.record.exists():
-            continue
-        try:
-            journal = RunJournal(folder)
-        except RunFolderBusyError:
-            results.append(SyncResult(folder.path, "", "it is training now; its own process sends it"))
-            continue
-        except (CheckpointError, OSError) as error:
-            results.append(SyncResult(folder.path, "", str(error)))
-            continue
-        try:
-            try:
-                mirrors = mirrors_of(journal.record, tracking_uri, mongo_uri, mongo_db)
-            except ConfigError as error:
-                results.append(SyncResult(folder.path, "", str(error)))
-                continue
-            results += [send(folder, journal, mirror) for mirror in mirrors]
-            if not mirrors:
-                results.append(SyncResult(folder.path, "no mirror", None))
-        finally:
-            journal.close()
-    return results
+    # The oldest first: a run that is made anew in MLflow must be there before those below it.
+    folders = sorted(run_folders(checkpoint_dir, run_id, agent_id), key=_started_at)
+    return [
+        result
+        for folder in folders
+        if folder.record.exists()
+        for result in _sync_folder(folder, tracking_uri, mongo_uri, mongo_db, verify)
+    ]
 
 
-def send(folder: RunFolder, journal: RunJournal, mirror: Mirror) -> SyncResult:
-    """Send what one mirror lacks of a run, and close it."""
+def _sync_folder(
+    folder: RunFolder, tracking_uri: str | None, mongo_uri: str | None, mongo_db: str | None, verify: bool
+) -> list[SyncResult]:
     try:
-        mirror.replicate(journal)
+        journal = RunJournal(folder)
+    except RunFolderBusyError:
+        return [SyncResult(folder.path, "", "it is training now; its own process sends it")]
+    except (CheckpointError, OSError) as error:
+        return [SyncResult(folder.path, "", str(error))]
+    try:
+        mirrors = mirrors_of(journal.record, tracking_uri, mongo_uri, mongo_db)
+        results = [send(folder, journal, mirror, verify=verify) for mirror in mirrors]
+        return results or [SyncResult(folder.path, "no mirror", None)]
+    except ConfigError as error:
+        return [SyncResult(folder.path, "", str(error))]
+    finally:
+        journal.close()
+
+
+def _started_at(folder: RunFolder) -> tuple[str, str, str]:
+    try:
+        started = str(read_record(folder).get("started_at") or "")
+    except (CheckpointError, OSError):
+        started = ""
+    return started, folder.agent_id, folder.run_id
+
+
+def send(folder: RunFolder, journal: RunJournal, mirror: Healing, *, verify: bool = False) -> SyncResult:
+    """Send what one mirror lacks of a run, or has otherwise, and close it."""
+    try:
+        changes = mirror.heal(journal, verify=verify)
     except Exception as error:
         # Each client raises errors of its own; one run's failure must not keep the others from being sent.
         reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0]
         return SyncResult(folder.path, mirror.name, reason[:300])
     finally:
         mirror.close()
-    return SyncResult(folder.path, mirror.name, None)
+    return SyncResult(folder.path, mirror.name, None, tuple(changes))
 
 
 def mirrors_of(
     record: Mapping[str, Any], tracking_uri: str | None, mongo_uri: str | None, mongo_db: str | None
-) -> list[Mirror]:
+) -> list[Healing]:
     """Return the mirrors of a run: those that its record names, at the addresses given or else at its own.
 
     Raises:
         ConfigError: The record's address lacks the password that it had.
     """
-    mirrors: list[Mirror] = []
+    mirrors: list[Healing] = []
     names = record.get("mirrors", ())
     if tracking_uri is not None or "MLflow" in names:
         from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror

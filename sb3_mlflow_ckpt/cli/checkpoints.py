@@ -202,6 +202,10 @@ def repair_command(
 @with_options(
     checkpoint_dir_option, agent_id_option, run_id_option, tracking_uri_option, mongo_uri_option, mongo_db_option
 )
+@click.option(
+    "--verify", is_flag=True, help="Download and hash what MLflow has, too; names and sizes are compared always"
+)
+@json_option
 @click.pass_context
 def sync_command(
     ctx: click.Context,
@@ -211,8 +215,13 @@ def sync_command(
     run_id: str | None,
     mongo_uri: str | None,
     mongo_db: str,
+    verify: bool,
+    as_json: bool,
 ) -> None:
-    """Send what MLflow and MongoDB miss of the runs on disk. Exits with 1 if something could not be sent."""
+    """Make MLflow and MongoDB what the runs on disk say. Exits with 1 if something could not be sent.
+
+    What is missing there is sent, whether it never was, was deleted or was edited; a line tells of each.
+    """
     from sb3_mlflow_ckpt.sync import sync_runs
 
     results = sync_runs(
@@ -223,8 +232,13 @@ def sync_command(
         mongo_uri=mongo_uri,
         # The option's default must not win over the database that the run was sent to.
         mongo_db=None if ctx.get_parameter_source("mongo_db") is ParameterSource.DEFAULT else mongo_db,
+        verify=verify,
     )
-    for result in results:
+    if as_json:
+        print_json([asdict(result) for result in results])
+    for result in results if not as_json else ():
+        for change in result.changes:
+            click.echo(printable(f"{result.folder}: {result.mirror}: {change}"))
         click.echo(": ".join(filter(None, (str(result.folder), result.mirror, result.error or "ok"))))
     if not results:
         click.echo(f"No runs in {checkpoint_dir}", err=True)

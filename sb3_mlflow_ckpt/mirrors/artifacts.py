@@ -6,9 +6,10 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointNotFoundError
+from sb3_mlflow_ckpt.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from sb3_mlflow_ckpt.layout import (
     ARTIFACT_FOLDER,
+    REPLAY_FOLDER,
     chunk_entry,
     entry_chunk,
     id_spellings,
@@ -16,7 +17,8 @@ from sb3_mlflow_ckpt.layout import (
     model_episode,
     model_path,
 )
-from sb3_mlflow_ckpt.mirrors.mlflow import LATEST_TAG, quick_requests, unavailable
+from sb3_mlflow_ckpt.mirrors.naming import LATEST_TAG
+from sb3_mlflow_ckpt.mirrors.patience import quick_requests, unavailable
 from sb3_mlflow_ckpt.runs.document import redact
 from sb3_mlflow_ckpt.verification import read_metadata, verify_checkpoint
 
@@ -48,19 +50,23 @@ def download_checkpoint(uri: str, destination: Path, tracking_uri: str | None = 
     run_id, _, artifact = uri.removeprefix(SCHEME).strip("/").partition("/")
     with quick_requests():
         run_id, artifacts, latest = _artifacts(uri, run_id, tracking_uri)
+    address = tracking_uri or _default_uri()
     complete = [name for name in artifacts if model_episode(name) is not None and _metadata_name(name) in artifacts]
     # What was sent last, then by episode: a run that went back to an older checkpoint has later, lower ones.
     complete.sort(key=lambda name: (name == latest, model_episode(name) or 0))
     if artifact:
         name = model_path(Path(artifact)).name
-        if Path(artifact).parent.as_posix() != ARTIFACT_FOLDER or name not in artifacts:
+        in_place = Path(artifact).parent.as_posix() == ARTIFACT_FOLDER
+        if in_place and name not in artifacts and _metadata_name(name) in artifacts:
+            raise _missing(uri, run_id, artifact, address)
+        if not in_place or name not in artifacts:
             raise CheckpointNotFoundError(uri, _what_is_there(complete))
         wanted = [name]
     else:
         wanted = complete[::-1]
     for name in wanted:
         try:
-            return _download(run_id, name, _metadata_name(name) in artifacts, destination, tracking_uri)
+            return _download(run_id, name, artifacts, destination, address)
         except CheckpointError as error:
             if artifact:
                 raise
@@ -69,7 +75,7 @@ def download_checkpoint(uri: str, destination: Path, tracking_uri: str | None = 
 
 
 def _artifacts(uri: str, run_id: str, tracking_uri: str | None) -> tuple[str, set[str], str]:
-    """Return the run's id as MLflow spells it, the files in its checkpoint folder, and which was sent last."""
+    """Return the run's id as MLflow spells it, its checkpoints' files as metadata names them, and the newest zip."""
     import mlflow
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -79,7 +85,10 @@ def _artifacts(uri: str, run_id: str, tracking_uri: str | None) -> tuple[str, se
     for spelling in id_spellings(run_id)[::-1]:
         try:
             run = client.get_run(spelling)
-            files = client.list_artifacts(spelling, ARTIFACT_FOLDER)
+            files = [
+                *client.list_artifacts(spelling, ARTIFACT_FOLDER),
+                *client.list_artifacts(spelling, f"{ARTIFACT_FOLDER}/{REPLAY_FOLDER}"),
+            ]
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 continue
@@ -87,13 +96,15 @@ def _artifacts(uri: str, run_id: str, tracking_uri: str | None) -> tuple[str, se
         except Exception as error:
             raise unavailable(error, address) from None
         latest = Path(run.data.tags.get(LATEST_TAG, "")).name
-        return spelling, {Path(file.path).name for file in files if not file.is_dir}, latest
+        return spelling, {file.path.removeprefix(f"{ARTIFACT_FOLDER}/") for file in files if not file.is_dir}, latest
     raise CheckpointNotFoundError(uri, f"MLflow at {redact(address)} has no run {run_id!r}")
 
 
-def _download(run_id: str, name: str, has_metadata: bool, destination: Path, tracking_uri: str | None) -> Download:
+def _download(run_id: str, name: str, artifacts: set[str], destination: Path, address: str) -> Download:
+    uri = f"{SCHEME}{run_id}/{ARTIFACT_FOLDER}/{name}"
+    has_metadata = _metadata_name(name) in artifacts
     for file in (_metadata_name(name),) * has_metadata + (name,):
-        _fetch(run_id, file, destination, tracking_uri)
+        _fetch(uri, run_id, file, artifacts, destination, address)
     path = next(destination.rglob(name))
     for entry in read_metadata(path).files[1:] if has_metadata else ():
         chunk = entry_chunk(entry.name)
@@ -102,24 +113,53 @@ def _download(run_id: str, name: str, has_metadata: bool, destination: Path, tra
             # MLflow puts a file into the folder itself, without the artifact's own.
             chunk_folder = (path.parent / chunk_entry(chunk)).parent
             chunk_folder.mkdir(exist_ok=True)
-            _fetch(run_id, chunk_entry(chunk), chunk_folder, tracking_uri)
+            _fetch(uri, run_id, chunk_entry(chunk), artifacts, chunk_folder, address)
     verify_checkpoint(path)
-    return Download(path, f"{SCHEME}{run_id}/{ARTIFACT_FOLDER}/{name}")
+    return Download(path, uri)
 
 
-def _fetch(run_id: str, file: str, destination: Path, tracking_uri: str | None) -> None:
+def _fetch(uri: str, run_id: str, file: str, artifacts: set[str], destination: Path, address: str) -> None:
     import mlflow.artifacts
 
+    artifact = f"{ARTIFACT_FOLDER}/{file}"
+    if file not in artifacts:
+        raise _missing(uri, run_id, artifact, address)
     try:
         mlflow.artifacts.download_artifacts(
-            run_id=run_id,
-            artifact_path=f"{ARTIFACT_FOLDER}/{file}",
-            dst_path=str(destination),
-            tracking_uri=tracking_uri,
+            run_id=run_id, artifact_path=artifact, dst_path=str(destination), tracking_uri=address
         )
     except Exception as error:
         # mlflow raises its own, requests' and OS errors alike.
-        raise unavailable(error, tracking_uri or mlflow.get_tracking_uri()) from None
+        if _is_gone(run_id, artifact, address):
+            raise _missing(uri, run_id, artifact, address) from None
+        raise unavailable(error, address) from None
+
+
+def _is_gone(run_id: str, artifact: str, address: str) -> bool:
+    """Tell whether MLflow answers, and does not list a file any more: retention may remove it while it is read."""
+    from mlflow import MlflowClient
+
+    try:
+        with quick_requests():
+            files = MlflowClient(address).list_artifacts(run_id, artifact.rpartition("/")[0])
+    except Exception:
+        return False  # It does not answer, which is what the caller is told.
+    return artifact not in {file.path for file in files}
+
+
+def _missing(uri: str, run_id: str, artifact: str, address: str) -> CheckpointCorruptError:
+    return CheckpointCorruptError(
+        uri,
+        f"MLflow at {redact(address)} lacks {artifact} of the run {run_id}",
+        "Send it again with: sb3-mlflow-ckpt checkpoints sync, on the machine that has the run's folder, "
+        "or resume another checkpoint",
+    )
+
+
+def _default_uri() -> str:
+    import mlflow
+
+    return str(mlflow.get_tracking_uri())
 
 
 def _metadata_name(name: str) -> str:

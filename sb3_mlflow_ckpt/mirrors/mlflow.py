@@ -6,20 +6,21 @@ Uses `MlflowClient` with an explicit run id throughout: the fluent API in a thre
 from __future__ import annotations
 
 import logging
-import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sb3_mlflow_ckpt.atomic import is_own_file
-from sb3_mlflow_ckpt.errors import MirrorUnavailableError
+from sb3_mlflow_ckpt.atomic import read_lines
 from sb3_mlflow_ckpt.journal import RunJournal
-from sb3_mlflow_ckpt.layout import ARTIFACT_FOLDER, REPLAY_FOLDER, chunk_entry
+from sb3_mlflow_ckpt.layout import ARTIFACT_FOLDER
 from sb3_mlflow_ckpt.mirrors import naming
-from sb3_mlflow_ckpt.pins import pinned_episodes
-from sb3_mlflow_ckpt.policies import Retention, SavedCheckpoint
-from sb3_mlflow_ckpt.runs.document import TERMINAL_STATUSES, redact
+from sb3_mlflow_ckpt.mirrors.inspection import Inspection, missing_metrics
+from sb3_mlflow_ckpt.mirrors.naming import LATEST_TAG, PARENT_TAG
+from sb3_mlflow_ckpt.mirrors.patience import Patience, quick_requests, unavailable
+from sb3_mlflow_ckpt.mirrors.tracked_run import TrackedRun, found_run, run_of
+from sb3_mlflow_ckpt.mirrors.uploads import Uploads, latest_artifact
+from sb3_mlflow_ckpt.policies import Retention
+from sb3_mlflow_ckpt.runs.document import TERMINAL_STATUSES
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,37 +28,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LATEST_TAG = "mlflow.latest_checkpoint_artifact"
-REFUSALS = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE", "PERMISSION_DENIED")
-"""MLflow's error codes of a server that answered, and said no."""
 _STATUS = {"completed": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 _METRICS_PER_BATCH = 900  # MLflow takes 1,000 of all kinds
 _PARAMS_PER_BATCH = 100
-# The runs that trainings of this process write to.
-_claimed: set[str] = set()
-# MLflow's own defaults retry for minutes; the replicator retries on its own schedule, off the training thread.
-_PATIENCE = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    # It would print a line for every run that it ends.
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
-_IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
-
-
-@contextmanager
-def quick_requests() -> Iterator[None]:
-    """Make MLflow's requests fail within seconds: for the moments when a person waits."""
-    before = {key: os.environ.get(key) for key in _IMPATIENCE}
-    os.environ.update(_IMPATIENCE)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
+_BYTES_PER_SLICE = 1 << 18
 
 
 class MLflowMirror:
@@ -89,33 +63,27 @@ class MLflowMirror:
         keep_best_n: int = 0,
         keep_every_n_episodes: int = 0,
     ) -> None:
-        self._tracking_uri = tracking_uri
-        self._experiment_name = experiment_name
-        self._given_run_id = run_id
+        self._target = TrackedRun(tracking_uri, experiment_name, run_id)
         self._retention = Retention(keep_last_n, keep_best_n, keep_every_n_episodes)
-        self._client: MlflowClient | None = None
-        self._patience_set: list[str] = []
+        self._patience = Patience()
         self._trains = False
         # A request of an earlier training that still hangs must not meet one of the next.
         self._lock = threading.Lock()
         self._forget()
 
     def _forget(self) -> None:
-        self._run_id: str | None = None
-        self._run: Run | None = None
-        self._owned, self._created = True, False
-        self._below: str | None = None
+        self._target.forget()
+        self._uploads: Uploads | None = None
         self._sent_params = False
         self._sent_tags: dict[str, str] = {}
         self._sent_status: tuple[int, str] | None = None
         self._metrics_offset = 0
         self._metrics_until: int | None = None
-        self._sent_chunks: set[str] | None = None
 
     @property
     def run_id(self) -> str | None:
         """The MLflow run's id, once it is known."""
-        return self._run.info.run_id if self._run is not None else self._run_id
+        return self._target.run_id
 
     def open(self, record: Mapping[str, Any]) -> str | None:
         """Find or make the MLflow run.
@@ -126,56 +94,92 @@ class MLflowMirror:
         Raises:
             MirrorUnavailableError: MLflow does not answer within seconds, or refuses.
         """
-        self._be_patient()
+        self._patience.take()
         self._trains = True
-        if self._run is None or not record.get("run_id"):
+        if self._target.run is None or not record.get("run_id"):
             self._forget()
-            self._choose_run()
+            self._target.choose()
         try:
             with quick_requests():
-                self._connect(record)
+                self._target.connect(record)
         except Exception as error:
             # mlflow raises its own, requests', sqlalchemy's and OS errors alike. Not chained: their messages may
             # quote the address with its password.
-            raise unavailable(error, self._uri()) from None
+            raise unavailable(error, self._target.uri) from None
         return self.run_id
 
     def describe(self) -> dict[str, Any]:
         """Return where the run is tracked, or is to be once MLflow answers; without credentials."""
-        info = self._run.info if self._run is not None else None
-        return {
-            "mlflow": {
-                "tracking_uri": redact(str(self._uri())),
-                "experiment_name": self._experiment_name,
-                "experiment_id": info.experiment_id if info is not None else None,
-                "run_id": info.run_id if info is not None else None,
-            }
-        }
+        return {"mlflow": self._target.describe()}
 
     def replicate(self, journal: RunJournal) -> None:
         """Send everything that MLflow lacks: the run, checkpoints, parameters, tags, metrics, then the status."""
         with self._lock:
-            self._be_patient()
+            self._patience.take()
             self._replicate(journal)
 
-    def _replicate(self, journal: RunJournal) -> None:
+    def heal(self, journal: RunJournal, *, verify: bool = False) -> list[str]:
+        """Compare MLflow with the folder, and send what it lacks or has otherwise, whatever the ledger says.
+
+        A run that was deleted is restored; one that is gone for good is made anew. Copies that retention removed are
+        not sent again.
+
+        Args:
+            journal: The run.
+            verify: Whether to download and hash zips and chunks.
+
+        Returns:
+            What was changed, a line each.
+        """
+        with self._lock:
+            self._patience.take()
+            self._forget()
+            lines = self._target.heal(journal.record)
+            client, run, uploads = self._connect(journal)
+            lines += Inspection(uploads, journal, verify=verify).run()
+            if missing := missing_metrics(client, run.info.run_id, journal):
+                self._log_metrics(client, run, [[metric] for metric in missing])
+                lines.append(f"{len(missing)} values of the learning curve were missing: they are sent")
+            lines += self._replicate(journal, healing=True)
+            latest = latest_artifact(journal)
+            if latest is not None and client.get_run(run.info.run_id).data.tags.get(LATEST_TAG) != latest:
+                client.set_tag(run.info.run_id, LATEST_TAG, latest)
+                lines.append(f"the tag {LATEST_TAG} is set")
+            return lines
+
+    def _connect(self, journal: RunJournal) -> tuple[MlflowClient, Run, Uploads]:
         record = journal.record
-        client, run = self._connect(record)
+        client, run = self._target.connect(record)
         if (record.get("mlflow") or {}).get("run_id") != run.info.run_id:
             journal.update(**self.describe())
-        self._send_tags(client, run, record)
-        self._send_checkpoints(client, run, journal)
-        self._send_params(client, run, record)
+        if self._uploads is None:
+            self._uploads = Uploads(client, run, self._target.uri, self._retention)
+            self._sent_tags = {str(key): str(value) for key, value in run.data.tags.items()}
+        return client, run, self._uploads
+
+    def _replicate(self, journal: RunJournal, *, healing: bool = False) -> list[str]:
+        """Send what MLflow is not known to have; return what that was, a line each."""
+        client, run, uploads = self._connect(journal)
+        record = journal.record
+        tags = self._send_tags(client, run, record, healing)
+        files = uploads.send(journal)
+        params = self._send_params(client, run, record)
         self._send_metrics(client, run, journal)
-        self._prune(client, run, journal)
-        self._send_status(client, run, record)
+        uploads.prune(journal)
+        status = self._send_status(client, run, record)
+        return [
+            *(f"{ARTIFACT_FOLDER}/{name} is sent" for name in files),
+            *(f"the parameter {name} is sent" for name in params),
+            *(f"the tag {name} is set" for name in tags),
+            *([f"the status is set to {status}"] if status else []),
+        ]
 
     def cancel(self) -> None:
         """End a run that `open` made as failed: nothing will be trained under it."""
-        if self._created and self._client is not None and self._run is not None:
+        if self._target.created and self._target.run is not None:
             try:
                 with quick_requests():
-                    self._client.set_terminated(self._run.info.run_id, "FAILED")
+                    self._target.client.set_terminated(self._target.run.info.run_id, "FAILED")
             except Exception as error:
                 logger.debug("MLflow was not told that the run will not train", exc_info=error)
         self._forget()
@@ -183,100 +187,13 @@ class MLflowMirror:
 
     def close(self) -> None:
         """Give MLflow's settings back to the caller; its client keeps no connection."""
-        while self._patience_set:
-            os.environ.pop(self._patience_set.pop(), None)
+        self._patience.give_back()
 
-    def _be_patient(self) -> None:
-        for key, value in _PATIENCE.items():
-            if key not in os.environ:
-                os.environ[key] = value
-                self._patience_set.append(key)
-
-    def _choose_run(self) -> None:
-        import mlflow
-
-        active = mlflow.active_run()
-        chosen: str | None = self._given_run_id
-        if chosen is None and active is not None:
-            chosen, self._owned = active.info.run_id, False
-        elif chosen is None:
-            chosen = os.environ.get("MLFLOW_RUN_ID") or None
-        if chosen in _claimed and chosen != self._given_run_id:
-            chosen, self._below, self._owned = None, chosen, True
-        if chosen is not None:
-            _claimed.add(chosen)
-        self._run_id = chosen
-
-    def _uri(self) -> str:
-        import mlflow
-
-        return self._tracking_uri or mlflow.get_tracking_uri()
-
-    def _connect(self, record: Mapping[str, Any]) -> tuple[MlflowClient, Run]:
-        from mlflow import MlflowClient
-
-        if self._client is None:
-            self._client = MlflowClient(tracking_uri=self._uri())
-        if self._run is None:
-            known = self._run_id or self._given_run_id or (record.get("mlflow") or {}).get("run_id")
-            self._run = self._client.get_run(known) if known else self._run_of_folder(self._client, record)
-            self._created = self._run is None
-            if self._run is None:
-                self._run = self._create_run(self._client, record)
-        return self._client, self._run
-
-    def _run_of_folder(self, client: MlflowClient, record: Mapping[str, Any]) -> Run | None:
-        """Return the run that a folder is named after: a trainer may die before it has noted where it is tracked."""
-        from mlflow.exceptions import MlflowException
-
-        if not record.get("run_id"):
-            return None
-        try:
-            return client.get_run(str(record["run_id"]))
-        except MlflowException as error:
-            if error.error_code in REFUSALS:
-                return None
-            raise
-
-    def _create_run(self, client: MlflowClient, record: Mapping[str, Any]) -> Run:
-        from mlflow.tracking.context.registry import resolve_tags
-
-        tags = {str(key): redact(str(value)) for key, value in resolve_tags().items()}
-        if self._below is not None:
-            tags["mlflow.parentRunId"] = self._below
-        git = record.get("git")
-        if git:
-            tags.setdefault("mlflow.source.git.commit", git["commit"])
-        return client.create_run(
-            self._experiment_id(client),
-            start_time=naming.milliseconds(record.get("started_at")),
-            tags=tags,
-            run_name=record.get("name"),
-        )
-
-    def _experiment_id(self, client: MlflowClient) -> str:
-        name = self._experiment_name
-        if name is None:
-            chosen = os.environ.get("MLFLOW_EXPERIMENT_ID")
-            name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
-            if chosen or not name:
-                return chosen or "0"
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            try:
-                return str(client.create_experiment(name))
-            except Exception:
-                # Another run that starts at the same moment may have made it.
-                experiment = client.get_experiment_by_name(name)
-                if experiment is None:
-                    raise
-        return str(experiment.experiment_id)
-
-    def _send_params(self, client: MlflowClient, run: Run, record: Mapping[str, Any]) -> None:
+    def _send_params(self, client: MlflowClient, run: Run, record: Mapping[str, Any]) -> list[str]:
         from mlflow.entities import Param
 
         if self._sent_params:
-            return
+            return []
         present = client.get_run(run.info.run_id).data.params
         params = []
         for key, value in naming.parameters(record.get("config") or {}).items():
@@ -288,139 +205,76 @@ class MLflowMirror:
         for start in range(0, len(params), _PARAMS_PER_BATCH):
             client.log_batch(run.info.run_id, params=params[start : start + _PARAMS_PER_BATCH])
         self._sent_params = True
+        return [param.key for param in params]
 
-    def _send_tags(self, client: MlflowClient, run: Run, record: Mapping[str, Any]) -> None:
+    def _send_tags(self, client: MlflowClient, run: Run, record: Mapping[str, Any], healing: bool) -> list[str]:
         from mlflow.entities import RunTag
 
         tags = naming.tags(record)
         root = record.get("root_run_id")
-        if root and root != record.get("run_id") and "mlflow.parentRunId" not in self._sent_tags:
-            tags |= self._parent_tag(client, run, str(root))
+        if root and root != record.get("run_id"):
+            tags |= self._parent_tag(client, str(root), healing)
         if not record.get("error") and naming.ERROR_TAG in run.data.tags:
             tags[naming.ERROR_TAG] = ""  # Of an attempt that failed before this one.
         fresh = {key: value for key, value in tags.items() if self._sent_tags.get(key) != value}
         if fresh:
             client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in fresh.items()])
             self._sent_tags |= fresh
+        return [*fresh]
 
-    def _parent_tag(self, client: MlflowClient, run: Run, root: str) -> dict[str, str]:
-        from mlflow.exceptions import MlflowException
-
-        if "mlflow.parentRunId" in run.data.tags:
+    def _parent_tag(self, client: MlflowClient, root: str, healing: bool) -> dict[str, str]:
+        present = self._sent_tags.get(PARENT_TAG)
+        if present is not None and not (healing and found_run(client, present) is None):
             return {}
-        try:
-            client.get_run(root)
-        except MlflowException as error:
-            if error.error_code in REFUSALS:
-                return {}  # The first run was trained without this server.
-            raise
         # The root, not the parent: MLflow's list shows one level, so that a chain of resumes stays flat.
-        return {"mlflow.parentRunId": root}
+        found = run_of(client, root)
+        return {} if found is None else {PARENT_TAG: found.info.run_id}  # It may have been trained without this server.
 
     def _send_metrics(self, client: MlflowClient, run: Run, journal: RunJournal) -> None:
-        from sb3_mlflow_ckpt.atomic import read_lines
-
         if self._metrics_until is None:
-            # An earlier process may have sent a part: what MLflow has says from where on to send.
+            # An earlier process may have sent a part. Steps only grow; a clock may be set back.
             history = client.get_metric_history(run.info.run_id, naming.EPISODES_METRIC)
-            self._metrics_until = max((metric.timestamp for metric in history), default=-1)
-        points, offset = read_lines(journal.folder.metrics, self._metrics_offset)
+            self._metrics_until = max((metric.step for metric in history), default=-1)
+        while True:
+            # In slices: how long an outage was must not show in the memory that its end takes.
+            points, offset = read_lines(journal.folder.metrics, self._metrics_offset, _BYTES_PER_SLICE)
+            if offset == self._metrics_offset:
+                return
+            fresh = [m for m in map(naming.metrics, points) if m and m[0].step > self._metrics_until]
+            self._log_metrics(client, run, fresh)
+            self._metrics_until = max([self._metrics_until, *(metrics[0].step for metrics in fresh)])
+            self._metrics_offset = offset
+
+    def _log_metrics(self, client: MlflowClient, run: Run, points: Iterable[Sequence[Metric]]) -> None:
+        """Send points in batches that cut none, so that one which is there is there whole.
+
+        What is sent twice, where an answer was lost, MLflow has once: it knows a value by its step and time.
+        """
         batch: list[Metric] = []
-        for point in points:
-            metrics = naming.metrics(point)
-            if not metrics or metrics[0].timestamp <= self._metrics_until:
-                continue
-            if len(batch) + len(metrics) > _METRICS_PER_BATCH:
+        for metrics in points:
+            if batch and len(batch) + len(metrics) > _METRICS_PER_BATCH:
                 client.log_batch(run.info.run_id, metrics=batch)
                 batch = []
             batch += metrics
         if batch:
             client.log_batch(run.info.run_id, metrics=batch)
-        self._metrics_offset = offset
-        if points:
-            self._metrics_until = max(self._metrics_until, *(m.timestamp for m in naming.metrics(points[-1])[:1]), -1)
 
-    def _send_checkpoints(self, client: MlflowClient, run: Run, journal: RunJournal) -> None:
-        for episode in sorted(journal.waiting_for_mirror()):
-            model, metadata = journal.folder.model(episode), journal.folder.metadata(episode)
-            if not (model.exists() and metadata.exists()):
-                continue  # Pruned meanwhile: the backlog was longer than its limit.
-            if not all(is_own_file(path) for path in (model, metadata)):
-                logger.warning("%s is not sent: it, or its metadata, is a link to something else", model)
-                continue
-            saved = journal.ledger.saved[episode]
-            sha256 = saved.get("sha256")
-            self._send_chunks(client, run, journal, saved.get("replay", ()))
-            # Zip first, metadata last, a file at a time: the mirror has the disk's commit protocol.
-            client.log_artifact(run.info.run_id, str(model), ARTIFACT_FOLDER)
-            client.log_artifact(run.info.run_id, str(metadata), ARTIFACT_FOLDER)
-            artifact = f"{ARTIFACT_FOLDER}/{model.name}"
-            client.set_tag(run.info.run_id, LATEST_TAG, artifact)
-            journal.add_mirrored(episode, f"runs:/{run.info.run_id}/{artifact}", sha256)
-
-    def _send_chunks(self, client: MlflowClient, run: Run, journal: RunJournal, names: Iterable[str]) -> None:
-        for name in names:
-            sent = self._known_chunks(client, run)
-            if name not in sent and is_own_file(journal.folder.chunk(name)) and not journal.folder.replay.is_symlink():
-                path = f"{ARTIFACT_FOLDER}/{chunk_entry(name)}"
-                client.log_artifact(run.info.run_id, str(journal.folder.chunk(name)), path.rpartition("/")[0])
-                sent.add(name)
-
-    def _known_chunks(self, client: MlflowClient, run: Run) -> set[str]:
-        """Return the chunks that MLflow has; an earlier process may have sent some."""
-        if self._sent_chunks is None:
-            files = client.list_artifacts(run.info.run_id, f"{ARTIFACT_FOLDER}/{REPLAY_FOLDER}")
-            self._sent_chunks = {file.path.rpartition("/")[2] for file in files}
-        return self._sent_chunks
-
-    def _removable(self, journal: RunJournal) -> list[int]:
-        ledger = journal.snapshot()
-        # In the order of the uploads: what was sent last is what a resume from MLflow begins with.
-        copies = [SavedCheckpoint(e, ledger.saved.get(e, {}).get("mean_reward")) for e in ledger.uris]
-        return self._retention.removable(copies, {"pinned": pinned_episodes(journal.folder)})
-
-    def _prune(self, client: MlflowClient, run: Run, journal: RunJournal) -> None:
-        removable = self._removable(journal)
-        if not removable:
-            return
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-        repository = get_artifact_repository(run.info.artifact_uri, tracking_uri=self._uri())
-        for episode in removable:
-            for path in (journal.folder.metadata(episode), journal.folder.model(episode)):
-                try:
-                    repository.delete_artifacts(f"{ARTIFACT_FOLDER}/{path.name}")  # type: ignore[no-untyped-call]
-                except NotImplementedError:
-                    logger.warning("This artifact store cannot delete: mlflow_keep_last_n_checkpoints keeps all")
-                    self._retention = Retention(0)
-                    return
-            journal.add_unmirrored(episode)
-        ledger = journal.snapshot()
-        named = {e: set(ledger.saved[e].get("replay", ())) for e in ledger.saved}
-        gone = set().union(*(named[episode] for episode in removable if episode in named))
-        kept = set().union(*(named[e] for e in {*ledger.uris, *ledger.waiting} if e in named))
-        if gone - kept:
-            known = self._known_chunks(client, run)
-            for name in known - kept:
-                repository.delete_artifacts(f"{ARTIFACT_FOLDER}/{chunk_entry(name)}")  # type: ignore[no-untyped-call]
-            known &= kept
-
-    def _send_status(self, client: MlflowClient, run: Run, record: Mapping[str, Any]) -> None:
+    def _send_status(self, client: MlflowClient, run: Run, record: Mapping[str, Any]) -> str | None:
+        """Send the status if it changed; return it where it was sent."""
         status = str(record["status"])
         attempt_status = (int(record.get("attempt", 1)), status)
-        if attempt_status == self._sent_status or not self._owned:
-            return
+        if attempt_status == self._sent_status or not self._target.owned:
+            return None
+        before, changed = self._sent_status, None
         if status in TERMINAL_STATUSES:
-            client.set_terminated(
-                run.info.run_id, _STATUS[status], end_time=naming.milliseconds(record.get("ended_at"))
-            )
-        elif self._trains and (run.info.status != "RUNNING" or self._sent_status is not None):
+            changed, ended = _STATUS[status], naming.milliseconds(record.get("ended_at"))
+            if before is None and (run.info.status, run.info.end_time) == (changed, ended):
+                changed = None
+            else:
+                client.set_terminated(run.info.run_id, changed, end_time=ended)
+        elif self._trains and (run.info.status != "RUNNING" or before is not None):
             # Not by a sync: the record of a killed trainer says "running" for ever.
-            client.update_run(run.info.run_id, status="RUNNING")
+            changed = "RUNNING"
+            client.update_run(run.info.run_id, status=changed)
         self._sent_status = attempt_status
-
-
-def unavailable(error: Exception, uri: str) -> MirrorUnavailableError:
-    """Return the error for an MLflow that does not answer, or that says no."""
-    refused = getattr(error, "error_code", None) in REFUSALS
-    return MirrorUnavailableError("MLflow", redact(uri), redact(str(error)), refused=refused)
+        return changed

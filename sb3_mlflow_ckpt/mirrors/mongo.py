@@ -13,22 +13,17 @@ from itertools import islice
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
-from pymongo import ReplaceOne
-from pymongo.collection import Collection
-from pymongo.errors import DuplicateKeyError
-
 from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.journal import RunJournal
+from sb3_mlflow_ckpt.mirrors.stored_run import BATCH, StoredRun, SupersededError
 from sb3_mlflow_ckpt.pins import pinned_episodes
-from sb3_mlflow_ckpt.runs.document import SCHEMA_VERSION, redact
+from sb3_mlflow_ckpt.runs.document import redact
 from sb3_mlflow_ckpt.runs.folder import curve_points, entry
 from sb3_mlflow_ckpt.runs.mongo import (
     CHECKPOINTS,
     DEFAULT_DATABASE,
     METRICS,
-    RUNS,
     LazyDatabase,
-    MongoDatabase,
     answering,
     encode,
     open_database,
@@ -36,8 +31,7 @@ from sb3_mlflow_ckpt.runs.mongo import (
 
 logger = logging.getLogger(__name__)
 
-# Small enough that a batch ends well within the time that an operation may take.
-_BATCH = 200
+_BYTES_PER_SLICE = 1 << 18
 
 _Facts: TypeAlias = tuple[dict[str, Any], "str | None", bool, bool]
 
@@ -51,6 +45,7 @@ class _Sent:
         checkpoints: What each checkpoint's entry was made of, by episode.
         offset: How far `metrics.jsonl` was read, in bytes.
         waiting: Points that were read and not yet sent.
+        settled: Whether what earlier attempts left and this one does not know was removed.
         warned: Whether it was said that a later attempt owns the run.
     """
 
@@ -58,6 +53,7 @@ class _Sent:
     checkpoints: dict[int, _Facts] = field(default_factory=dict)
     offset: int = 0
     waiting: list[dict[str, Any]] = field(default_factory=list)
+    settled: bool = False
     warned: bool = False
 
 
@@ -78,6 +74,7 @@ class MongoMirror:
     def __init__(self, uri: str, database: str = DEFAULT_DATABASE) -> None:
         self._lazy = LazyDatabase(uri, database, open_database)
         self._sent: WeakKeyDictionary[RunJournal, _Sent] = WeakKeyDictionary()
+        self._trains = False
 
     def open(self, record: Mapping[str, Any]) -> str | None:
         """Contact the database and make its indexes.
@@ -90,6 +87,7 @@ class MongoMirror:
         """
         with answering(self._lazy.uri):
             self._lazy.get().command("ping")
+        self._trains = True
         return None
 
     def describe(self) -> dict[str, Any]:
@@ -109,10 +107,52 @@ class MongoMirror:
             return
         sent = self._sent.setdefault(journal, _Sent())
         with answering(self._lazy.uri):
-            database = self._lazy.get()
-            if self._send_record(database, _plain(record), sent):
-                self._send_checkpoints(database, journal, record["run_id"], sent)
-                self._send_curve(database, journal, record["run_id"], sent)
+            run = StoredRun(self._lazy.get(), record["run_id"], int(record.get("attempt", 0)))
+            try:
+                self._send_record(run, _plain(record), sent)
+                self._send_checkpoints(run, journal, sent)
+                self._send_curve(run, journal, sent)
+                if not sent.settled:
+                    # All that this attempt knows bears its number now.
+                    run.remove_older()
+                    sent.settled = True
+            except SupersededError:
+                self._warn_of_successor(record, sent)
+
+    def heal(self, journal: RunJournal, *, verify: bool = False) -> list[str]:
+        """Compare the database with the folder, and make it the same.
+
+        Args:
+            journal: The run.
+            verify: Changes nothing: all is compared as it is.
+
+        Returns:
+            What was changed, a line each.
+
+        Raises:
+            MirrorUnavailableError: The database does not answer.
+        """
+        record = journal.record
+        if not record.get("run_id"):
+            return []
+        with answering(self._lazy.uri):
+            run = StoredRun(self._lazy.get(), record["run_id"], int(record.get("attempt", 0)))
+            if run.superseded:
+                self._warn_of_successor(record, self._sent.setdefault(journal, _Sent()))
+                return []
+            sent, lines = _Sent(settled=True), []
+            sent.record = run.record()
+            if sent.record is None:
+                lines.append("the record was missing: it is sent")
+            elif changed := sorted({key for keys in _difference(sent.record, _plain(record)).values() for key in keys}):
+                lines.append(f"the record had another {', '.join(changed)}: it is sent")
+            ledger, pinned = journal.snapshot(), pinned_episodes(journal.folder)
+            entries = [entry(journal.folder, ledger, episode, pinned) for episode in ledger.saved]
+            points = [*curve_points(atomic.read_lines(journal.folder.metrics)[0]).values()]
+            self._send_record(run, _plain(record), sent)
+            lines += run.make_same(CHECKPOINTS, entries, ("episode",), "checkpoints")
+            lines += run.make_same(METRICS, points, ("time", "num_timesteps"), "learning curve")
+        return lines
 
     def cancel(self) -> None:
         """Close the connections: `open` made nothing that must go."""
@@ -122,27 +162,17 @@ class MongoMirror:
         """Close the connections; the next use opens others."""
         self._lazy.close()
 
-    def _send_record(self, database: MongoDatabase, record: dict[str, Any], sent: _Sent) -> bool:
-        """Bring the record up to date; return whether the run is this attempt's."""
+    def _send_record(self, run: StoredRun, record: dict[str, Any], sent: _Sent) -> None:
         if record == sent.record:
-            return True
-        runs = database[RUNS]
-        own = {"_id": record["run_id"], "attempt": {"$not": {"$gt": record.get("attempt", 0)}}}
-        if sent.record is not None and runs.update_one(own, _difference(sent.record, record)).matched_count == 0:
+            return
+        if sent.record is not None and not run.change(_difference(sent.record, record), beats=self._trains):
             # The record is gone, or a later attempt's: then the rest may be gone as well.
-            sent.record, sent.offset = None, 0
+            sent.record, sent.offset, sent.settled = None, 0, False
             sent.checkpoints.clear()
             sent.waiting.clear()
         if sent.record is None:
-            try:
-                runs.replace_one(own, {"_id": record["run_id"], **record}, upsert=True)
-            except DuplicateKeyError:
-                if not _has_successor(runs, record):
-                    raise
-                self._warn_of_successor(record, sent)
-                return False
+            run.replace(record, beats=self._trains)
         sent.record = record
-        return True
 
     def _warn_of_successor(self, record: Mapping[str, Any], sent: _Sent) -> None:
         if not sent.warned:
@@ -153,31 +183,31 @@ class MongoMirror:
             )
         sent.warned = True
 
-    def _send_checkpoints(self, database: MongoDatabase, journal: RunJournal, run_id: str, sent: _Sent) -> None:
+    def _send_checkpoints(self, run: StoredRun, journal: RunJournal, sent: _Sent) -> None:
         ledger, pinned = journal.snapshot(), pinned_episodes(journal.folder)
         facts: dict[int, _Facts] = {
             episode: (saved, ledger.uris.get(episode), episode in ledger.pruned, episode in pinned)
             for episode, saved in ledger.saved.items()
         }
         changed = iter([episode for episode, fact in facts.items() if sent.checkpoints.get(episode) != fact])
-        while batch := [*islice(changed, _BATCH)]:
+        while batch := [*islice(changed, BATCH)]:
             entries = [entry(journal.folder, ledger, episode, pinned) for episode in batch]
-            _upsert(database[CHECKPOINTS], run_id, entries, ("episode",))
+            run.upsert(CHECKPOINTS, entries, ("episode",))
             sent.checkpoints.update({episode: facts[episode] for episode in batch})
 
-    def _send_curve(self, database: MongoDatabase, journal: RunJournal, run_id: str, sent: _Sent) -> None:
-        if not sent.waiting:
-            self._read_points(journal, sent)
-        while sent.waiting:
-            _upsert(database[METRICS], run_id, sent.waiting[:_BATCH], ("time", "num_timesteps"))
-            del sent.waiting[:_BATCH]
-            if not sent.waiting:
-                # What came while the backlog was sent.
-                self._read_points(journal, sent)
+    def _send_curve(self, run: StoredRun, journal: RunJournal, sent: _Sent) -> None:
+        while sent.waiting or self._read_points(journal, sent):
+            run.upsert(METRICS, sent.waiting[:BATCH], ("time", "num_timesteps"))
+            del sent.waiting[:BATCH]
 
-    def _read_points(self, journal: RunJournal, sent: _Sent) -> None:
-        rows, sent.offset = atomic.read_lines(journal.folder.metrics, sent.offset)
-        sent.waiting = list(curve_points(rows).values())
+    def _read_points(self, journal: RunJournal, sent: _Sent) -> bool:
+        """Read a slice of the curve: how long an outage was must not show in the memory that its end takes."""
+        while not sent.waiting:
+            rows, offset = atomic.read_lines(journal.folder.metrics, sent.offset, _BYTES_PER_SLICE)
+            if offset == sent.offset:
+                return False
+            sent.waiting, sent.offset = list(curve_points(rows).values()), offset
+        return True
 
 
 def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,18 +220,3 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     changed = {key: value for key, value in now.items() if key not in before or before[key] != value}
     gone = {key: "" for key in before if key not in now}
     return {operator: keys for operator, keys in (("$set", changed), ("$unset", gone)) if keys}
-
-
-def _has_successor(runs: Collection[dict[str, Any]], record: Mapping[str, Any]) -> bool:
-    stored = runs.find_one({"_id": record["run_id"]}, {"attempt": 1})
-    return stored is not None and stored.get("attempt", 0) > record.get("attempt", 0)
-
-
-def _upsert(
-    collection: Collection[dict[str, Any]], run_id: str, items: list[dict[str, Any]], key: tuple[str, ...]
-) -> None:
-    requests = []
-    for item in items:
-        document = {**encode(item), "run_id": run_id, "schema_version": SCHEMA_VERSION}
-        requests.append(ReplaceOne({"run_id": run_id, **{name: item[name] for name in key}}, document, upsert=True))
-    collection.bulk_write(requests, ordered=False)

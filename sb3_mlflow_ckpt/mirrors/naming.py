@@ -13,7 +13,10 @@ from sb3_mlflow_ckpt.config import TrainingConfig, flatten, inheritable_fields
 if TYPE_CHECKING:
     from mlflow.entities import Metric
 
+LATEST_TAG = "mlflow.latest_checkpoint_artifact"
+PARENT_TAG = "mlflow.parentRunId"
 TAG_PREFIX = "sb3_mlflow_ckpt."
+RUN_ID_TAG = f"{TAG_PREFIX}run_id"
 ERROR_TAG = f"{TAG_PREFIX}error"
 EPISODES_METRIC = "rollout/episodes"
 # Columns of the learning curve, under the names that SB3's own logger gives them.
@@ -58,7 +61,7 @@ def same(present: str, value: str) -> bool:
 def tags(record: Mapping[str, Any]) -> dict[str, str]:
     """Return a record's tags: what it is, where it came from, and that in a sentence."""
     named = {
-        f"{TAG_PREFIX}run_id": str(record["run_id"]),
+        RUN_ID_TAG: str(record["run_id"]),
         f"{TAG_PREFIX}agent_id": str(record["agent_id"]),
         f"{TAG_PREFIX}algo": str(record["algo"]),
         f"{TAG_PREFIX}status": str(record["status"]),

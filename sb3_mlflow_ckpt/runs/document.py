@@ -129,22 +129,55 @@ def wrong_field(record: Mapping[str, Any]) -> str | None:
     return None if all(isinstance(name, str) for name in mirrors) else "mirrors"
 
 
-def derived_status(record: Mapping[str, Any], now: datetime | None = None) -> str:
+def derived_status(record: Mapping[str, Any], now: datetime | None = None, seen: datetime | None = None) -> str:
     """Return a record's status as a reader shows it: `lost` where a running run's heartbeat is stale.
 
     Stale is older than max(120 s, 8 heartbeats); a late heartbeat makes the run running again, so `lost` is
     never written.
+
+    Args:
+        record: The record.
+        now: The present; this host's where it is None.
+        seen: When the store saw the last heartbeat, by the clock that `now` is of; `heartbeat_at`, which is by the
+            clock of the run's own host, where it is None.
     """
     status = str(record.get("status"))
     if status != "running":
         return status
     try:
-        heartbeat = datetime.fromisoformat(str(record.get("heartbeat_at")).replace("Z", "+00:00"))
+        heartbeat = seen or heartbeat_time(record)
         age = ((now or datetime.now(timezone.utc)) - heartbeat).total_seconds()
-        interval = float(record.get("heartbeat_seconds") or 0)
+        return "lost" if age > _stale_after(record) else status
     except (ValueError, TypeError):
         return status  # Somebody edited the record: what it says of its heart cannot be judged.
-    return "lost" if age > max(120.0, 8 * interval) else status
+
+
+def last_sign_of_life(record: Mapping[str, Any], written: datetime, now: datetime | None = None) -> datetime:
+    """Return when a run that is kept in a file lived last, by two clocks of which one may be wrong.
+
+    Args:
+        record: The record.
+        written: When the file was written, as its file system tells.
+        now: The present; this host's where it is None.
+
+    Returns:
+        The newer of `written` and `heartbeat_at`; a heartbeat that is still to come tells of a wrong clock alone.
+    """
+    try:
+        heartbeat = heartbeat_time(record)
+        ahead = (heartbeat - (now or datetime.now(timezone.utc))).total_seconds()
+        return written if ahead > _stale_after(record) else max(written, heartbeat)
+    except (ValueError, TypeError):
+        return written
+
+
+def heartbeat_time(record: Mapping[str, Any]) -> datetime:
+    """Return `heartbeat_at`; raises ValueError or TypeError where it is no time."""
+    return datetime.fromisoformat(str(record.get("heartbeat_at")).replace("Z", "+00:00"))
+
+
+def _stale_after(record: Mapping[str, Any]) -> float:
+    return max(120.0, 8 * float(record.get("heartbeat_seconds") or 0))
 
 
 def checkpoint_entry(

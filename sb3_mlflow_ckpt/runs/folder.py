@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from sb3_mlflow_ckpt.errors import CheckpointCorruptError, InvalidIdError, RunNo
 from sb3_mlflow_ckpt.journal import CheckpointLedger, corrections, read_record
 from sb3_mlflow_ckpt.layout import RunFolder, check_id, id_spellings
 from sb3_mlflow_ckpt.pins import pinned_episodes
-from sb3_mlflow_ckpt.runs.document import checkpoint_entry
+from sb3_mlflow_ckpt.runs.document import checkpoint_entry, last_sign_of_life
 from sb3_mlflow_ckpt.runs.reader import Document, Documents, spellings, summary
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class FolderRuns:
         """Return a run's record with its derived status and its `checkpoint_paths`."""
         folder = self._find(run_id)
         try:
-            return summary(read_run(folder))
+            return shown(folder, read_run(folder))
         except (OSError, CheckpointCorruptError) as error:
             logger.warning("A run is passed over: %s", error)
             raise RunNotFoundError(run_id, self.checkpoint_dir) from error
@@ -109,7 +110,7 @@ class FolderRuns:
     def _summaries(self, agent_id: str | None) -> Iterator[Document]:
         for folder in self._folders(agent_id):
             try:
-                yield summary(_checked_record(folder))
+                yield shown(folder, _checked_record(folder))
             except (OSError, CheckpointCorruptError) as error:
                 logger.warning("A run is passed over: %s", error)
 
@@ -132,6 +133,12 @@ class FolderRuns:
                 if folder is not None:
                     return folder
         raise RunNotFoundError(run_id, self.checkpoint_dir)
+
+
+def shown(folder: RunFolder, record: dict[str, Any]) -> Document:
+    """Return a folder's record as a reader shows it: with its derived status."""
+    written = datetime.fromtimestamp(folder.record.stat().st_mtime, timezone.utc)
+    return summary(record, seen=last_sign_of_life(record, written))
 
 
 def _checked_record(folder: RunFolder) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -29,6 +30,10 @@ from sb3_mlflow_ckpt.runs.reader import Document, Documents, spellings, summary
 RUNS = "training_runs"
 CHECKPOINTS = "training_checkpoints"
 METRICS = "training_metrics"
+ATTEMPT = "attempt"
+"""The number of the attempt that wrote a document."""
+SEEN_AT = "seen_at"
+"""When a trainer last gave a sign of life, by the server's clock: hosts' clocks may be wrong."""
 DEFAULT_DATABASE = "sb3_mlflow_ckpt"
 
 MongoDatabase: TypeAlias = Database[dict[str, Any]]
@@ -44,7 +49,7 @@ _INT64 = range(-(2**63), 2**63)
 _BIG_INTEGER = "%int"
 _EMPTY_KEY = "%"
 # A document's own keys beside those of a checkpoint's entry or a point.
-_BOOKKEEPING = frozenset({"_id", "run_id", "schema_version"})
+_BOOKKEEPING = frozenset({"_id", "run_id", "schema_version", ATTEMPT})
 
 
 def encode_key(key: str) -> str:
@@ -228,7 +233,7 @@ class MongoRuns:
         with self._reading() as database:
             stored = self._find(database, run_id)
             entries = database[CHECKPOINTS].find({"run_id": stored["_id"]}).sort("episode", ASCENDING)
-            return {**_record(stored), "checkpoint_paths": [_item(row) for row in entries]}
+            return {**_record(stored, _server_time(database)), "checkpoint_paths": [_item(row) for row in entries]}
 
     def curve(self, run_id: str) -> Documents:
         """Return the points of a run's learning curve, by time."""
@@ -247,7 +252,8 @@ class MongoRuns:
             cursor = database[RUNS].find(wanted).sort([("started_at", DESCENDING), ("_id", DESCENDING)])
             if limit and status not in ("running", "lost"):
                 cursor = cursor.limit(limit)
-            runs = (_record(stored) for stored in cursor)
+            now = _server_time(database)
+            runs = (_record(stored, now) for stored in cursor)
             return [*islice((run for run in runs if status in (None, run["status"])), limit)]
 
     def close(self) -> None:
@@ -267,8 +273,16 @@ class MongoRuns:
         raise RunNotFoundError(run_id, self)
 
 
-def _record(stored: Mapping[str, Any]) -> Document:
-    return summary(decode({key: value for key, value in stored.items() if key != "_id"}))
+def _server_time(database: MongoDatabase) -> datetime | None:
+    """Return the present by the server's clock: what it wrote when it saw a run is judged by no other."""
+    now = database.command("hello").get("localTime")
+    return now.replace(tzinfo=timezone.utc) if isinstance(now, datetime) else None
+
+
+def _record(stored: Mapping[str, Any], now: datetime | None) -> Document:
+    record = decode({key: value for key, value in stored.items() if key not in ("_id", SEEN_AT)})
+    seen = stored.get(SEEN_AT)
+    return summary(record, now, seen.replace(tzinfo=timezone.utc) if isinstance(seen, datetime) else None)
 
 
 def _item(stored: Mapping[str, Any]) -> Document:

@@ -6,6 +6,7 @@ Never imports a store's client.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any, Protocol, TypeAlias
 
 from sb3_mlflow_ckpt.errors import InvalidIdError
@@ -55,9 +56,15 @@ class RunReader(Protocol):
         ...
 
 
-def summary(record: Mapping[str, Any]) -> Document:
-    """Return a record as a list shows it: with its derived status."""
-    return {**record, "status": derived_status(record)}
+def summary(record: Mapping[str, Any], now: datetime | None = None, seen: datetime | None = None) -> Document:
+    """Return a record as a list shows it: with its derived status.
+
+    Args:
+        record: The record.
+        now: The present by the store's clock, where it has one.
+        seen: When the store saw the last heartbeat, by the same clock.
+    """
+    return {**record, "status": derived_status(record, now, seen)}
 
 
 def spellings(run_id: str) -> tuple[str, ...]:

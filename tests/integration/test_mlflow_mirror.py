@@ -17,7 +17,8 @@ from servers import SilentServer
 
 from sb3_mlflow_ckpt.errors import CheckpointNotFoundError, MirrorUnavailableError
 from sb3_mlflow_ckpt.journal import RunJournal
-from sb3_mlflow_ckpt.mirrors.mlflow import LATEST_TAG, MLflowMirror
+from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror
+from sb3_mlflow_ckpt.mirrors.naming import LATEST_TAG
 from sb3_mlflow_ckpt.pins import pin_checkpoint
 from sb3_mlflow_ckpt.replication import Replicator
 from sb3_mlflow_ckpt.resume import resolve_checkpoint

@@ -22,7 +22,7 @@ from processes import DEADLINE, ROOT, TESTS, Leash, environment, wait_for
 from stable_baselines3 import PPO
 
 from sb3_mlflow_ckpt.checkpoints import list_checkpoints, verify_checkpoint
-from sb3_mlflow_ckpt.mirrors.mlflow import LATEST_TAG
+from sb3_mlflow_ckpt.mirrors.naming import LATEST_TAG
 from sb3_mlflow_ckpt.runs.document import derived_status
 from sb3_mlflow_ckpt.runs.folder import FolderRuns
 

@@ -3,15 +3,20 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 from journals import add_point, prune, save, start_run
 from journals import mirror as note_mirrored
+from processes import TESTS, environment
 from pymongo import MongoClient
 from pymongo.monitoring import CommandListener
 from servers import MongoServer, SilentServer
@@ -250,6 +255,118 @@ def test_an_older_attempt_does_not_overwrite_its_successor(
         assert_same(reader, newer)
     older.close()
     newer.close()
+
+
+class Attempt:
+    """A process of its own on its own copy of a run folder."""
+
+    def __init__(self, folder: RunFolder, uri: str, database: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, TESTS / "zombie.py", folder.path, uri, database],
+            env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.pid = self._process.pid
+
+    def tell(self, *words: object) -> None:
+        self.begin(*words)
+        self.finish()
+
+    def begin(self, *words: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(" ".join(map(str, words)) + "\n")
+        self._process.stdin.flush()
+
+    def finish(self) -> None:
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "done\n"
+
+    def end(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.wait(60)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+
+@pytest.fixture
+def attempts(tmp_path: Path, mongo_uri: str, mongo_database: str) -> Iterator[tuple[Attempt, Attempt]]:
+    """An attempt, and a later one that goes on from a copy of its folder."""
+    journal = start_run(tmp_path / "older", RUN)
+    save(journal, 1)
+    add_point(journal, 10, by=1)
+    journal.close()
+    shutil.copytree(tmp_path / "older", tmp_path / "newer")
+    pair = tuple(
+        Attempt(RunFolder(tmp_path / name, "ppo_agent", RUN), mongo_uri, mongo_database) for name in ("older", "newer")
+    )
+    yield pair[0], pair[1]
+    for attempt in pair:
+        attempt.end()
+
+
+def test_a_zombie_on_a_copy_of_the_folder_changes_nothing_of_its_successors(
+    tmp_path: Path, mongo_uri: str, mongo_database: str, opened: Opened, attempts: tuple[Attempt, Attempt]
+) -> None:
+    zombie, newer = attempts
+    # What only the older one knows is not the newer one's past.
+    zombie.tell("save", 2, "by-the-zombie")
+    zombie.tell("point", 20, 1)
+    newer.tell("start")
+    reader, folder = opened(mongo_uri, mongo_database)[1], FolderRuns(tmp_path / "newer")
+    for words in (("save", 3, "zombie"), ("save", 1, "zombie"), ("point", 30, 1), ("beat", "zombie"), ("point", 40, 1)):
+        zombie.tell(*words)
+        assert reader.get(RUN) == folder.get(RUN)
+        assert reader.curve(RUN) == folder.curve(RUN)
+    newer.tell("save", 2, "by-the-newer")
+    newer.tell("point", 20, 2)
+    zombie.tell("save", 4, "zombie")
+    assert reader.get(RUN) == folder.get(RUN)
+    assert [point["by"] for point in reader.curve(RUN)] == [1, 2]
+
+
+def test_a_zombie_that_slept_in_the_middle_of_its_writes_leaves_nothing(
+    tmp_path: Path, mongo_uri: str, mongo_database: str, opened: Opened, attempts: tuple[Attempt, Attempt]
+) -> None:
+    zombie, newer = attempts
+    reader, folder = opened(mongo_uri, mongo_database)[1], FolderRuns(tmp_path / "newer")
+    zombie.tell("beat", "zombie")
+    for episode in range(2, 12):
+        zombie.begin("save", episode, "zombie")
+        zombie.begin("point", 10 * episode, 1)
+    # Wherever it was: a signal that stops it does not ask.
+    os.kill(zombie.pid, signal.SIGSTOP)
+    newer.tell("start")
+    newer.tell("save", 2, "by-the-newer")
+    newer.tell("point", 20, 2)
+    os.kill(zombie.pid, signal.SIGCONT)
+    for _ in range(20):
+        zombie.finish()
+    assert reader.get(RUN) == folder.get(RUN)
+    assert reader.curve(RUN) == folder.curve(RUN)
+
+
+@pytest.mark.parametrize("days", [-3, 3])
+def test_a_run_on_a_host_with_a_wrong_clock_is_judged_by_the_servers(
+    mongo_uri: str, mongo_database: str, journal: RunJournal, opened: Opened, days: int
+) -> None:
+    wrong = (datetime.now(timezone.utc) + timedelta(days=days)).isoformat()
+    journal.update(heartbeat_at=wrong)
+    mirror, reader = opened(mongo_uri, mongo_database)
+    mirror.open(journal.record)
+    mirror.replicate(journal)
+    assert reader.get(RUN)["status"] == "running"
+    assert [run["run_id"] for run in reader.list(status="running")] == [RUN]
+    assert reader.get(RUN)["heartbeat_at"] == wrong
+    database = open_database(mongo_uri, mongo_database)
+    database["training_runs"].update_one({"_id": RUN}, {"$set": {"seen_at": datetime.now(timezone.utc) - timedelta(hours=1)}})
+    assert reader.get(RUN)["status"] == "lost"
+    # A sync of a dead run's folder is no sign of life.
+    opened(mongo_uri, mongo_database)[0].heal(journal)
+    assert reader.get(RUN)["status"] == "lost"
+    journal.update(heartbeat_at=wrong, progress={"num_timesteps": 1})
+    mirror.replicate(journal)
+    assert reader.get(RUN)["status"] == "running"
+    database.client.close()
 
 
 def test_one_mirror_sends_many_runs(tmp_path: Path, mongo_uri: str, mongo_database: str, opened: Opened) -> None:

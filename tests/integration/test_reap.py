@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -92,6 +93,7 @@ def test_the_run_of_another_host_is_settled_only_when_its_heartbeat_is_stale(
     journal = start_run(tmp_path, "run", host=host or socket.gethostname())
     if heartbeat:
         journal.update(heartbeat_at=heartbeat)
+        os.utime(journal.folder.record, (0, 0))
     journal.close()
     assert [result.action for result in reap_runs(tmp_path)] == [action]
     assert read_record(journal.folder)["status"] == ("failed" if action == "failed" else "running")
@@ -100,6 +102,7 @@ def test_the_run_of_another_host_is_settled_only_when_its_heartbeat_is_stale(
 def test_a_mirror_that_does_not_answer_is_told_later(tmp_path: Path) -> None:
     journal = start_run(tmp_path, "run", mirrors=["MongoDB"], mongo={"uri": "mongodb://127.0.0.1:9", "database": "d"})
     journal.update(heartbeat_at=STALE)
+    os.utime(journal.folder.record, (0, 0))
     journal.close()
     done = reap("--checkpoint-dir", tmp_path, cwd=tmp_path)
     assert done.returncode == 1

@@ -147,3 +147,37 @@ def test_a_mirror_gets_each_chunk_once_and_gives_checkpoints_back_whole(
     download = download_checkpoint(f"runs:/{run_id}", destination, uri)
     assert verify_checkpoint(download.path).episode == 12
     assert _restore(download.path).observations.tobytes() == training.model.replay_buffer.observations.tobytes()
+
+
+def test_a_file_that_mlflow_lacks_is_named_and_the_run_alone_means_its_newest_complete_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It read as a server that does not answer."""
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    journal: RunJournal = start_run(tmp_path / "checkpoints", "run", agent_id="agent")
+    training, mirror = Training(), MLflowMirror(uri)
+    run_id = mirror.open(journal.record)
+    for episode in (1, 2):
+        journal.add_saved(commit_checkpoint(journal.folder, training.capture(episode)))
+    mirror.replicate(journal)
+    artifact_uri = MlflowClient(uri).get_run(str(run_id)).info.artifact_uri
+    root = Path(artifact_uri.removeprefix("file://")) / "checkpoints"
+    chunk = (set(journal.ledger.saved[2]["replay"]) - set(journal.ledger.saved[1]["replay"])).pop()
+
+    def download(name: str, folder: str) -> Path:
+        (tmp_path / folder).mkdir()
+        return download_checkpoint(f"runs:/{run_id}{name}", tmp_path / folder, uri).path
+
+    for number, lacking in enumerate((f"replay/{chunk}", "ep000002.zip")):
+        (root / lacking).unlink()
+        with pytest.raises(CheckpointCorruptError) as caught:
+            download("/checkpoints/ep000002.zip", f"named-{number}")
+        message = str(caught.value)
+        assert f"lacks checkpoints/{lacking} of the run {run_id}" in message
+        assert "sb3-mlflow-ckpt checkpoints sync, on the machine that has the run's folder" in message
+        assert download("", f"newest-{number}").name == "ep000001.zip"
+    # What the message says brings it back.
+    assert len(mirror.heal(journal)) == 2
+    assert download("", "healed").name == "ep000002.zip"
+    journal.close()

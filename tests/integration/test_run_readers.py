@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
@@ -39,6 +40,9 @@ class Store:
     def add(self, journal: RunJournal) -> None:
         self._publish(journal)
         journal.close()
+        if journal.record["heartbeat_at"] == STALE:
+            # The file that a dead run left is as old as its last heartbeat.
+            os.utime(journal.folder.record, (0, 0))
 
 
 def mongo_store(uri: str, database: str) -> Iterator[Store]:
@@ -332,3 +336,26 @@ def test_paths_are_absolute_where_the_folder_was_named_relatively(
     monkeypatch.chdir(tmp_path)
     (item,) = FolderRuns("my runs").get(RUN)["checkpoint_paths"]
     assert item["path"] == str(tmp_path / "my runs" / "ppo_agent" / RUN / "ep000050.zip")
+
+
+@pytest.mark.parametrize(
+    ("heartbeat_hours", "file_hours", "status"),
+    [
+        (0, 0, "running"),
+        (-5, 0, "running"),  # The trainer's clock is behind.
+        (0, -5, "running"),  # The file server's is.
+        (48, 0, "running"),  # The trainer's clock is ahead ...
+        (48, -5, "lost"),  # ... which must not keep a dead run alive.
+        (-5, -5, "lost"),
+    ],
+)
+def test_the_clock_of_the_file_system_is_asked_as_well(
+    tmp_path: Path, heartbeat_hours: int, file_hours: int, status: str
+) -> None:
+    now = datetime.now(timezone.utc)
+    journal = start_run(tmp_path, RUN, heartbeat_at=(now + timedelta(hours=heartbeat_hours)).isoformat())
+    journal.close()
+    written = (now + timedelta(hours=file_hours)).timestamp()
+    os.utime(journal.folder.record, (written, written))
+    assert FolderRuns(tmp_path).get(RUN)["status"] == status
+    assert [run["status"] for run in FolderRuns(tmp_path).list()] == [status]

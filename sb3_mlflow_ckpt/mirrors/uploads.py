@@ -1,0 +1,147 @@
+"""Owns checkpoints as artifacts of an MLflow run: what is sent, in which order, and what retention removes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sb3_mlflow_ckpt.atomic import is_own_file
+from sb3_mlflow_ckpt.journal import RunJournal
+from sb3_mlflow_ckpt.layout import ARTIFACT_FOLDER, REPLAY_FOLDER, chunk_entry
+from sb3_mlflow_ckpt.mirrors.naming import LATEST_TAG
+from sb3_mlflow_ckpt.pins import pinned_episodes
+from sb3_mlflow_ckpt.policies import Retention, SavedCheckpoint
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
+
+logger = logging.getLogger(__name__)
+
+
+class Uploads:
+    """The checkpoints of one MLflow run.
+
+    Args:
+        client: Its server's client.
+        run: The run.
+        uri: The tracking URI.
+        retention: Which copies stay.
+
+    Attributes:
+        files: What MLflow has, names as metadata gives them -> bytes; asked for once, since an earlier process may
+            have sent some, and kept up to date by what is sent and removed here.
+    """
+
+    def __init__(self, client: MlflowClient, run: Run, uri: str, retention: Retention) -> None:
+        self.run_id = str(run.info.run_id)
+        self._client = client
+        self._artifact_uri = run.info.artifact_uri
+        self._uri = uri
+        self._retention = retention
+
+    @cached_property
+    def files(self) -> dict[str, int | None]:
+        found: dict[str, int | None] = {}
+        for folder in (ARTIFACT_FOLDER, f"{ARTIFACT_FOLDER}/{REPLAY_FOLDER}"):
+            for file in self._client.list_artifacts(self.run_id, folder):
+                if not file.is_dir:
+                    found[file.path.removeprefix(f"{ARTIFACT_FOLDER}/")] = file.file_size
+        return found
+
+    def send(self, journal: RunJournal) -> list[str]:
+        """Send the checkpoints that wait; return their names."""
+        sent = []
+        for episode in sorted(journal.waiting_for_mirror()):
+            model, metadata = journal.folder.model(episode), journal.folder.metadata(episode)
+            if not (model.exists() and metadata.exists()):
+                continue  # Pruned meanwhile: the backlog was longer than its limit.
+            if not all(is_own_file(path) for path in (model, metadata)):
+                logger.warning("%s is not sent: it, or its metadata, is a link to something else", model)
+                continue
+            saved = journal.ledger.saved[episode]
+            sha256 = saved.get("sha256")
+            # Of another content under this name: while the zip is sent, nobody must take it for whole.
+            self.withdraw(metadata.name)
+            for name in saved.get("replay", ()):
+                if chunk_entry(name) not in self.files and _is_own_chunk(journal, name):
+                    self._put(journal.folder.chunk(name), chunk_entry(name))
+            # Zip first, metadata last, a file at a time: the mirror has the disk's commit protocol.
+            self._put(model, model.name)
+            self._put(metadata, metadata.name)
+            artifact = f"{ARTIFACT_FOLDER}/{model.name}"
+            if episode == _in_order_of_saving(journal, episode)[-1]:
+                self._client.set_tag(self.run_id, LATEST_TAG, artifact)
+            journal.add_mirrored(episode, f"runs:/{self.run_id}/{artifact}", sha256)
+            sent.append(model.name)
+        return sent
+
+    def prune(self, journal: RunJournal) -> None:
+        """Remove the copies that are too old, and the chunks that no copy needs any more."""
+        saved = journal.snapshot().saved
+        copies = [SavedCheckpoint(e, saved[e].get("mean_reward")) for e in _in_order_of_saving(journal)]
+        removable = self._retention.removable(copies, {"pinned": pinned_episodes(journal.folder)})
+        if not removable:
+            return
+        for episode in removable:
+            try:
+                self._remove(path.name for path in (journal.folder.metadata(episode), journal.folder.model(episode)))
+            except NotImplementedError:
+                logger.warning("This artifact store cannot delete: mlflow_keep_last_n_checkpoints keeps all")
+                self._retention = Retention(0)
+                return
+            journal.add_unmirrored(episode)
+        ledger = journal.snapshot()
+        named = {e: set(ledger.saved[e].get("replay", ())) for e in ledger.saved}
+        gone = set().union(*(named[episode] for episode in removable if episode in named))
+        kept = set().union(*(named[e] for e in {*ledger.uris, *ledger.waiting} if e in named))
+        if gone - kept:
+            chunks = {name for name in self.files if name.startswith(f"{REPLAY_FOLDER}/")}
+            self._remove(sorted(chunks - {chunk_entry(name) for name in kept}))
+
+    def withdraw(self, name: str) -> None:
+        """Remove a file if MLflow has it and the store can; what is sent next takes its place."""
+        if name in self.files:
+            with suppress(NotImplementedError):
+                self._remove([name])
+
+    def get(self, name: str, folder: Path) -> Path:
+        """Download a file into a folder."""
+        return Path(self._client.download_artifacts(self.run_id, f"{ARTIFACT_FOLDER}/{name}", str(folder)))
+
+    def _put(self, path: Path, name: str) -> None:
+        folder = f"{ARTIFACT_FOLDER}/{name}".rpartition("/")[0]
+        self._client.log_artifact(self.run_id, str(path), folder)
+        self.files[name] = path.stat().st_size if path.exists() else None
+
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._repository.delete_artifacts(f"{ARTIFACT_FOLDER}/{name}")  # type: ignore[no-untyped-call]
+            self.files.pop(name, None)
+
+    @cached_property
+    def _repository(self) -> ArtifactRepository:
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        return get_artifact_repository(self._artifact_uri, tracking_uri=self._uri)
+
+
+def _is_own_chunk(journal: RunJournal, name: str) -> bool:
+    return is_own_file(journal.folder.chunk(name)) and not journal.folder.replay.is_symlink()
+
+
+def latest_artifact(journal: RunJournal) -> str | None:
+    """Return the artifact of the newest checkpoint that MLflow has."""
+    episodes = _in_order_of_saving(journal)
+    return f"{ARTIFACT_FOLDER}/{journal.folder.model(episodes[-1]).name}" if episodes else None
+
+
+def _in_order_of_saving(journal: RunJournal, *further: int) -> list[int]:
+    """Return the episodes in MLflow, the newest last: one that was sent again is as old as it was."""
+    ledger = journal.snapshot()
+    return [episode for episode in ledger.saved if episode in ledger.uris or episode in further]
