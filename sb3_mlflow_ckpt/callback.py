@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import uuid
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,32 +14,28 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mlflow_ckpt.algorithms import algorithm_name, describe_model
-from sb3_mlflow_ckpt.checkpoints import note_origin, origin
-from sb3_mlflow_ckpt.commit import capture_checkpoint, prepare_folder
+from sb3_mlflow_ckpt.checkpoints import note_origin
+from sb3_mlflow_ckpt.commit import capture_checkpoint
 from sb3_mlflow_ckpt.curve import CurveSampler
 from sb3_mlflow_ckpt.errors import (
     CheckpointSaveError,
     IncompatibleCheckpointError,
-    MirrorUnavailableError,
     TrainingInterrupted,
 )
 from sb3_mlflow_ckpt.interruption import ExitGuard, SignalGuard
 from sb3_mlflow_ckpt.layout import RunFolder, check_id
 from sb3_mlflow_ckpt.live_run import LiveRun, RunOptions
-from sb3_mlflow_ckpt.metadata import ParentReference
 from sb3_mlflow_ckpt.policies import EveryNEpisodes, KeepLastN, MirrorBacklog
-from sb3_mlflow_ckpt.provenance import environment
 from sb3_mlflow_ckpt.replication import Mirror
-from sb3_mlflow_ckpt.resumption import ResumeState, Resumption
-from sb3_mlflow_ckpt.runs.document import new_record, plain
+from sb3_mlflow_ckpt.resumption import ResumeState
+from sb3_mlflow_ckpt.run_opening import Lineage, first_record, open_run
+from sb3_mlflow_ckpt.runs.document import plain
 from sb3_mlflow_ckpt.snapshots import SaveReplayBuffer, Snapshots
 from sb3_mlflow_ckpt.state.callbacks import CallbackStates
 from sb3_mlflow_ckpt.state.model import all_finite
 from sb3_mlflow_ckpt.state.safe_point import SafePoint
 
 logger = logging.getLogger(__name__)
-
-_START_OFFLINE = "with start_offline it trains at once and sends the records when it is back"
 
 
 class EpisodeCheckpointCallback(BaseCallback):
@@ -104,8 +99,6 @@ class EpisodeCheckpointCallback(BaseCallback):
             if value is not None:
                 check_id(value, what)
         self.episode = 0
-        self.run_id = run_id
-        self._given_run_id = run_id
         self.agent_id = agent_id
         self.run_name = run_name
         self.behind: list[str] = []
@@ -128,16 +121,19 @@ class EpisodeCheckpointCallback(BaseCallback):
         self._signals = SignalGuard(enabled=handle_signals)
         self._exit = ExitGuard(self.abort)
         self._live: LiveRun | None = None
-        self._parent: ParentReference | None = None
-        self._root_run_id: str | None = None
+        self._lineage = Lineage(run_id)
         self._saved_state: tuple[int, int, int] | None = None
-        self._resumption: Resumption | None = None
         self._trained: weakref.ref[BaseAlgorithm] | None = None
         self._snapshots: Snapshots | None = None
         self._due: int | None = None
         self._curve = CurveSampler()
         self._latest_of_ended: Path | None = None
         self._monitored: tuple[int, int] = (0, 0)
+
+    @property
+    def run_id(self) -> str | None:
+        """The run's id, once training has begun or where it was given."""
+        return self._lineage.run_id
 
     @property
     def folder(self) -> RunFolder | None:
@@ -149,7 +145,7 @@ class EpisodeCheckpointCallback(BaseCallback):
     @property
     def resume_report(self) -> dict[str, Any] | None:
         """Whether a resumed training goes on exactly (`exact`), and the `reason` why not; None for a fresh one."""
-        return self._resumption.report if self._resumption is not None else None
+        return self._lineage.resumption.report if self._lineage.resumption is not None else None
 
     @property
     def interrupted_by(self) -> int | None:
@@ -182,8 +178,8 @@ class EpisodeCheckpointCallback(BaseCallback):
         live = self._live
         if live is None:
             return
-        if self._resumption is not None:
-            self._resumption.close()
+        if self._lineage.resumption is not None:
+            self._lineage.resumption.close()
         # Nothing was trained where the checkpoint that it was to go on from was refused.
         unsaved = isinstance(error, (CheckpointSaveError, IncompatibleCheckpointError))
         signalled = self._signals.received is not None or isinstance(error, (KeyboardInterrupt, TrainingInterrupted))
@@ -206,24 +202,8 @@ class EpisodeCheckpointCallback(BaseCallback):
         if self._live is not None:
             # In a notebook an error that left learn() ends neither the process nor a `with` block.
             self.abort(RuntimeError("An earlier learn() of this callback ended with an error"))
-        fresh = self._begin()
-        self.agent_id = self.agent_id or f"{algorithm_name(type(self.model)).rpartition(':')[2].lower()}_agent"
-        # Before anything is made elsewhere: no run must be left behind in MLflow for a disk that refuses.
-        prepare_folder(self._checkpoint_dir)
-        record = self._new_record()
-        try:
-            self.run_id = self._open_mirrors(record)
-            self._root_run_id = self._root_run_id or self.run_id
-            record |= {"run_id": self.run_id, "root_run_id": self._root_run_id}
-            for mirror in self._mirrors:
-                record |= mirror.describe()
-            folder = RunFolder(self._checkpoint_dir, self.agent_id, self.run_id)
-            self._live = LiveRun(folder, record, self._mirrors, self._options, fresh=fresh)
-        except BaseException:
-            # No run may be left behind in MLflow that never trains.
-            for mirror in self._mirrors:
-                mirror.cancel()
-            raise
+        self._take_up()
+        self._live = self._open()
         self.logger.output_formats.append(self._curve)
         self._curve.start(self.num_timesteps)
         watched = CallbackStates(self.locals.get("callback"))
@@ -231,14 +211,14 @@ class EpisodeCheckpointCallback(BaseCallback):
         self._due, self._trained = None, weakref.ref(self.model)
         self._signals.install()
         self._exit.install()
-        if self._resumption is not None:
-            replay = self._resumption.training_start(watched, self._live.note_resume)
+        if self._lineage.resumption is not None:
+            replay = self._lineage.resumption.training_start(watched, self._live.note_resume)
             if replay is not None:
                 self._snapshots.continue_from(*replay)
 
     def _on_rollout_start(self) -> None:
-        if self._resumption is not None:
-            self._resumption.rollout_start()
+        if self._lineage.resumption is not None:
+            self._lineage.resumption.rollout_start()
         self._moments.rollout_start(wanted=self._signals.received is not None)
 
     def _on_step(self) -> bool:
@@ -260,8 +240,8 @@ class EpisodeCheckpointCallback(BaseCallback):
             if self._due is not None:
                 self._moments.take_soon(urgent=False)
         self._moments.rollout_end()
-        if self._resumption is not None:
-            self._resumption.rollout_end()
+        if self._lineage.resumption is not None:
+            self._lineage.resumption.rollout_end()
 
     def _on_training_end(self) -> None:
         live = self._running()
@@ -269,10 +249,10 @@ class EpisodeCheckpointCallback(BaseCallback):
             live.flush()
             self._check_writer(live)
             point = self._moments.training_end()
-            if self._resumption is not None and not self._resumption.complete:
+            if self._lineage.resumption is not None and not self._lineage.resumption.complete:
                 # There was nothing left to train: what was to be restored is in the checkpoint that it came from.
                 point = None
-                self._resumption.close()
+                self._lineage.resumption.close()
             due, self._due = self._due, None
             if due is not None:
                 self._save(due, "interval", point)
@@ -290,26 +270,41 @@ class EpisodeCheckpointCallback(BaseCallback):
             # It came during the last update. Whoever calls learn() in a loop must stop all the same.
             raise TrainingInterrupted(signum, checkpoint)
 
-    def _begin(self) -> bool:
-        """Take up where the model stands; return whether its training begins at its beginning."""
-        if self.model.num_timesteps == 0:
-            # A model of its own, be it the first or a further one in a loop over seeds.
-            self.episode, self.run_id = 0, self._given_run_id
-            self._parent = self._root_run_id = self._saved_state = self._resumption = None
-            return True
-        came_from = origin(self.model)
+    def _take_up(self) -> None:
+        """Take up where the model stands."""
         is_another = self._trained is None or self._trained() is not self.model
-        if is_another and self._trained is not None:
-            self.episode, self.run_id = 0, self._given_run_id
-            self._parent = self._root_run_id = self._saved_state = None
-        if self._root_run_id is None and came_from is not None:
-            self._parent, self.episode = came_from.reference, came_from.metadata.finished_episodes
-            self._root_run_id = came_from.metadata.root_run_id or came_from.metadata.run_id
-        self._resumption = None
-        # Of a model that was trained further since, the checkpoint says nothing any more.
-        if came_from is not None and is_another and came_from.metadata.num_timesteps == self.model.num_timesteps:
-            self._resumption = Resumption(self.model, came_from, self._resume_state, self._overrides)
-        return False
+        if is_another or self.model.num_timesteps == 0:
+            # A model of its own, be it the first or a further one in a loop over seeds.
+            self._lineage.take_up(self.model, self._resume_state, self._overrides)
+            self.episode, self._saved_state = self._lineage.episode, None
+        else:
+            self._lineage.go_on()
+
+    def _open(self) -> LiveRun:
+        """Begin the run: from here on it is recorded."""
+        self.agent_id = self.agent_id or f"{algorithm_name(type(self.model)).rpartition(':')[2].lower()}_agent"
+        given = self._given_config
+        if given is None:
+            given = describe_model(self.model, total_timesteps=self.model._total_timesteps)
+        self._config = plain(given)
+        record = first_record(
+            self.model,
+            self._lineage,
+            agent_id=self.agent_id,
+            name=self.run_name,
+            config=self._config,
+            overrides=self._overrides,
+            heartbeat_seconds=self._options.heartbeat_seconds,
+        )
+        return open_run(
+            record,
+            self._lineage,
+            self._checkpoint_dir,
+            self._mirrors,
+            self._options,
+            start_offline=self._start_offline,
+            fresh=self.model.num_timesteps == 0,
+        )
 
     @property
     def _moments(self) -> Snapshots:
@@ -362,9 +357,9 @@ class EpisodeCheckpointCallback(BaseCallback):
                 finished_episodes=self.episode,
                 config=self._config,
                 trigger=trigger,
-                parent=self._parent,
-                root_run_id=self._root_run_id,
-                attributes=self._resumption.held_attributes if self._resumption is not None else None,
+                parent=self._lineage.parent,
+                root_run_id=self._lineage.root_run_id,
+                attributes=self._lineage.resumption.held_attributes if self._lineage.resumption is not None else None,
                 exact=snapshot.exact,
                 not_exact=snapshot.not_exact,
                 replay=snapshot.replay,
@@ -411,8 +406,8 @@ class EpisodeCheckpointCallback(BaseCallback):
         self._add_point(live)
         if self._curve in self.logger.output_formats:
             self.logger.output_formats.remove(self._curve)
-        if self._resumption is not None:
-            self._resumption.close()
+        if self._lineage.resumption is not None:
+            self._lineage.resumption.close()
         try:
             signalled = self._signals.received
             self.behind = live.finish(status, error, hurry=lambda: self._signals.received != signalled)
@@ -423,39 +418,3 @@ class EpisodeCheckpointCallback(BaseCallback):
                 note_origin(self.model, str(live.latest.absolute()), live.latest_metadata)
             self._exit.remove()
             self._signals.remove()
-
-    def _new_record(self) -> dict[str, Any]:
-        given = self._given_config
-        if given is None:
-            given = describe_model(self.model, total_timesteps=self.model._total_timesteps)
-        self._config = plain(given)
-        assert self.agent_id is not None
-        record = new_record(
-            run_id=self.run_id or "",
-            agent_id=self.agent_id,
-            name=self.run_name,
-            algo=algorithm_name(type(self.model)),
-            env_id=self._config.get("env_id"),
-            config=self._config,
-            total_timesteps=self._config.get("total_timesteps") or self.model._total_timesteps,
-            parent=self._parent.model_dump() if self._parent is not None else None,
-            root_run_id=self._root_run_id,
-            heartbeat_seconds=self._options.heartbeat_seconds,
-            environment=environment(),
-        )
-        record["overrides"] = self._overrides
-        return record
-
-    def _open_mirrors(self, record: Mapping[str, Any]) -> str:
-        names = []
-        for mirror in self._mirrors:
-            try:
-                names.append(mirror.open(record))
-            except MirrorUnavailableError as error:
-                if not self._start_offline:
-                    # Not chained: a client's own message may quote the address with its password.
-                    raise MirrorUnavailableError(
-                        error.name, error.uri, error.cause, _START_OFFLINE, refused=error.refused
-                    ) from None
-                logger.warning("%s", error)
-        return self.run_id or next((name for name in names if name), None) or uuid.uuid4().hex
