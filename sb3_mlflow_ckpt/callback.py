@@ -6,8 +6,8 @@ import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal
+from types import FrameType, TracebackType
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -22,7 +22,7 @@ from sb3_mlflow_ckpt.errors import (
     IncompatibleCheckpointError,
     TrainingInterrupted,
 )
-from sb3_mlflow_ckpt.interruption import ExitGuard, SignalGuard
+from sb3_mlflow_ckpt.interruption import DEFAULT_GRACE_SECONDS, ExitGuard, SignalGuard
 from sb3_mlflow_ckpt.layout import RunFolder, check_id
 from sb3_mlflow_ckpt.live_run import LiveRun, RunOptions
 from sb3_mlflow_ckpt.policies import EveryNEpisodes, KeepLastN, MirrorBacklog
@@ -33,13 +33,13 @@ from sb3_mlflow_ckpt.runs.document import plain
 from sb3_mlflow_ckpt.snapshots import SaveReplayBuffer, Snapshots
 from sb3_mlflow_ckpt.state.callbacks import CallbackStates
 from sb3_mlflow_ckpt.state.model import all_finite
-from sb3_mlflow_ckpt.state.safe_point import SafePoint
+from sb3_mlflow_ckpt.state.safe_point import SafePoint, is_writing
 
 logger = logging.getLogger(__name__)
 
 
 class EpisodeCheckpointCallback(BaseCallback):
-    """Saves a checkpoint every N episodes, at the end, on an exception and on SIGTERM or SIGINT.
+    """Saves a checkpoint every N episodes, at the end, on an exception and on SIGTERM, SIGINT or SIGUSR1.
 
     Episodes are counted over all environments. The run's record and learning curve are kept beside the
     checkpoints and copied to the mirrors in the background. After a signal the training stops with
@@ -62,7 +62,11 @@ class EpisodeCheckpointCallback(BaseCallback):
         resume_state: What checkpoints hold and a resume restores: `exact` everything that decides how training goes
             on, `auto` the same but for a replay buffer of over 2 GiB, `weights` only parameters and counters.
         save_replay_buffer: Whether checkpoints hold the replay buffer; `auto` up to a full capacity of 2 GiB.
-        handle_signals: Whether SIGTERM and SIGINT are taken over while training (main thread only).
+        handle_signals: Whether SIGTERM, SIGINT and, unless it has a handler, SIGUSR1 are taken over while training
+            (main thread only).
+        grace_seconds: The longest time from a signal to the end of the training. Where no moment comes within half
+            of it at which everything can be saved, it is saved from wherever training stands; where training does
+            not come back at all, the process is ended.
         heartbeat_seconds: How often the record says that the run lives.
         sync_timeout_seconds: How long the end waits for a mirror that is behind.
         max_unmirrored_checkpoints: Checkpoints that an outage may keep on disk beyond keep_last_n_checkpoints.
@@ -89,6 +93,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         resume_state: ResumeState = "auto",
         save_replay_buffer: SaveReplayBuffer = "auto",
         handle_signals: bool = True,
+        grace_seconds: float = DEFAULT_GRACE_SECONDS,
         heartbeat_seconds: float = 10.0,
         sync_timeout_seconds: float = 60.0,
         max_unmirrored_checkpoints: int = 50,
@@ -117,10 +122,13 @@ class EpisodeCheckpointCallback(BaseCallback):
             MirrorBacklog(max_unmirrored_checkpoints),
             heartbeat_seconds,
             sync_timeout_seconds,
+            grace_seconds,
         )
-        self._signals = SignalGuard(enabled=handle_signals)
+        self._signals = SignalGuard(grace_seconds, self._save_here, self._end_beside, enabled=handle_signals)
+        self._interruption: TrainingInterrupted | None = None
         self._exit = ExitGuard(self.abort)
         self._live: LiveRun | None = None
+        self._ending: LiveRun | None = None
         self._lineage = Lineage(run_id)
         self._saved_state: tuple[int, int, int] | None = None
         self._trained: weakref.ref[BaseAlgorithm] | None = None
@@ -175,9 +183,11 @@ class EpisodeCheckpointCallback(BaseCallback):
         Args:
             error: What ended the training.
         """
-        live = self._live
-        if live is None:
-            return
+        if self._live is not None:
+            with self._signals.hold():
+                self._abort(self._live, error)
+
+    def _abort(self, live: LiveRun, error: BaseException | None) -> None:
         if self._lineage.resumption is not None:
             self._lineage.resumption.close()
         # Nothing was trained where the checkpoint that it was to go on from was refused.
@@ -202,57 +212,74 @@ class EpisodeCheckpointCallback(BaseCallback):
         if self._live is not None:
             # In a notebook an error that left learn() ends neither the process nor a `with` block.
             self.abort(RuntimeError("An earlier learn() of this callback ended with an error"))
+        self._interruption = None
         self._take_up()
-        self._live = self._open()
+        # Before there is anything that says that it runs.
+        self._signals.install()
+        with self._signals.hold():
+            try:
+                live = self._live = self._open()
+            except BaseException:
+                self._signals.remove()
+                raise
+            self._exit.install()
+            self._prepare(live)
+
+    def _prepare(self, live: LiveRun) -> None:
         self.logger.output_formats.append(self._curve)
         self._curve.start(self.num_timesteps)
         watched = CallbackStates(self.locals.get("callback"))
         self._snapshots = Snapshots(self.model, watched, self._resume_state, self._save_replay_buffer, self._take)
         self._due, self._trained = None, weakref.ref(self.model)
-        self._signals.install()
-        self._exit.install()
         if self._lineage.resumption is not None:
-            replay = self._lineage.resumption.training_start(watched, self._live.note_resume)
+            replay = self._lineage.resumption.training_start(watched, live.note_resume)
             if replay is not None:
                 self._snapshots.continue_from(*replay)
 
     def _on_rollout_start(self) -> None:
-        if self._lineage.resumption is not None:
-            self._lineage.resumption.rollout_start()
-        self._moments.rollout_start(wanted=self._signals.received is not None)
+        with self._signals.hold():
+            if self._lineage.resumption is not None:
+                self._lineage.resumption.rollout_start()
+            self._moments.rollout_start(wanted=self._signals.received is not None)
 
     def _on_step(self) -> bool:
-        self._moments.step()
-        dones = self.locals.get("dones")
-        self._count(int(np.count_nonzero(dones)) if dones is not None else self._ended_by_monitor())
-        live = self._running()
-        if self._curve.due():
-            self._add_point(live)
-        self._check_writer(live)
-        if self._due is not None or self._signals.received is not None:
-            self._moments.take_soon(urgent=self._signals.received is not None)
+        with self._signals.hold():
+            live = self._running()
+            self._moments.step()
+            dones = self.locals.get("dones")
+            self._count(int(np.count_nonzero(dones)) if dones is not None else self._ended_by_monitor())
+            if self._curve.due():
+                self._add_point(live)
+            self._check_writer(live)
+            if self._due is not None or self._signals.received is not None:
+                self._moments.take_soon(overdue=self._signals.overdue)
         return True
 
     def _on_rollout_end(self) -> None:
-        if "dones" not in self.locals:
-            # ARS tells of a candidate's episodes after its last step.
-            self._count(self._ended_by_monitor())
-            if self._due is not None:
-                self._moments.take_soon(urgent=False)
-        self._moments.rollout_end()
-        if self._lineage.resumption is not None:
-            self._lineage.resumption.rollout_end()
+        with self._signals.hold():
+            if "dones" not in self.locals:
+                # ARS tells of a candidate's episodes after its last step.
+                self._count(self._ended_by_monitor())
+                if self._due is not None:
+                    self._moments.take_soon(overdue=False)
+            self._moments.rollout_end()
+            if self._lineage.resumption is not None:
+                self._lineage.resumption.rollout_end()
 
     def _on_training_end(self) -> None:
-        live = self._running()
+        with self._signals.hold():
+            self._end(self._running())
+
+    def _end(self, live: LiveRun) -> None:
         try:
             live.flush()
             self._check_writer(live)
             point = self._moments.training_end()
-            if self._lineage.resumption is not None and not self._lineage.resumption.complete:
+            resumption = self._lineage.resumption
+            if resumption is not None and not resumption.complete:
                 # There was nothing left to train: what was to be restored is in the checkpoint that it came from.
                 point = None
-                self._lineage.resumption.close()
+                resumption.close()
             due, self._due = self._due, None
             if due is not None:
                 self._save(due, "interval", point)
@@ -268,7 +295,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         self._finish("completed" if signum is None or reached else "interrupted")
         if signum is not None:
             # It came during the last update. Whoever calls learn() in a loop must stop all the same.
-            raise TrainingInterrupted(signum, checkpoint)
+            self._leave(signum, checkpoint)
 
     def _take_up(self) -> None:
         """Take up where the model stands."""
@@ -304,6 +331,7 @@ class EpisodeCheckpointCallback(BaseCallback):
             self._options,
             start_offline=self._start_offline,
             fresh=self.model.num_timesteps == 0,
+            check=self._signals.stop,
         )
 
     @property
@@ -313,6 +341,9 @@ class EpisodeCheckpointCallback(BaseCallback):
         return self._snapshots
 
     def _running(self) -> LiveRun:
+        if self._interruption is not None:
+            # Somebody's `except:` was in the way when it was raised.
+            raise self._interruption
         if self._live is None:
             raise RuntimeError("The callback is called outside of learn()")
         return self._live
@@ -338,12 +369,26 @@ class EpisodeCheckpointCallback(BaseCallback):
         return self.episode, self.model.num_timesteps, int(getattr(self.model, "_n_updates", 0))
 
     def _take(self, point: SafePoint | None) -> None:
-        live = self._running()
-        due, self._due = self._due, None
-        if due is not None:
-            self._save(due, "interval", point)
-        if self._signals.received is not None:
-            self._stop_for_signal(live, self._signals.received, point)
+        with self._signals.hold():
+            live = self._running()
+            due, self._due = self._due, None
+            if due is not None:
+                self._save(due, "interval", point)
+            if self._signals.received is not None:
+                self._stop_for_signal(live, self._signals.received, point)
+
+    def _save_here(self, frame: FrameType | None) -> None:
+        if self._live is not None and not is_writing(frame):
+            self._moments.take_here()
+
+    def _end_beside(self, seconds: float) -> str:
+        live = self._live or self._ending
+        if live is None:
+            for mirror in self._mirrors:
+                mirror.cancel("interrupted")
+            return "Nothing was trained"
+        live.end_beside("interrupted", seconds)
+        return f"The last checkpoint is {live.latest}" if live.latest is not None else "No checkpoint was saved"
 
     def _save(self, episode: int, trigger: str, point: SafePoint | None = None) -> None:
         assert self.agent_id is not None and self.run_id is not None
@@ -386,7 +431,11 @@ class EpisodeCheckpointCallback(BaseCallback):
         self._check_writer(live)
         checkpoint = live.latest
         self._finish("interrupted")
-        raise TrainingInterrupted(signum, checkpoint)
+        self._leave(signum, checkpoint)
+
+    def _leave(self, signum: int, checkpoint: Path | None) -> NoReturn:
+        self._interruption = TrainingInterrupted(signum, checkpoint)
+        raise self._interruption
 
     def _add_point(self, live: LiveRun) -> None:
         point = self._curve.point(self.model, self.episode)
@@ -402,6 +451,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         live, self._live = self._live, None
         if live is None:
             return
+        self._ending = live
         self._moments.close()
         self._add_point(live)
         if self._curve in self.logger.output_formats:
@@ -410,8 +460,13 @@ class EpisodeCheckpointCallback(BaseCallback):
             self._lineage.resumption.close()
         try:
             signalled = self._signals.received
-            self.behind = live.finish(status, error, hurry=lambda: self._signals.received != signalled)
+            self.behind = live.finish(
+                status,
+                error,
+                hurry=lambda: self._signals.received != signalled or self._signals.no_time_for_copies,
+            )
         finally:
+            self._ending = None
             self._latest_of_ended = live.latest
             if live.latest is not None and live.latest_metadata is not None:
                 # Another callback that trains this model goes on from here.

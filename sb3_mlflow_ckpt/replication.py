@@ -53,8 +53,12 @@ class Mirror(Protocol):
         """Send everything that the journal has and the mirror has not. Idempotent; raises on an outage."""
         ...
 
-    def cancel(self) -> None:
-        """Take back what `open` made: the training does not start. Must not raise."""
+    def cancel(self, status: str) -> None:
+        """Take back what `open` made: the training does not start. Must not raise.
+
+        Args:
+            status: Why: `failed` or `interrupted`.
+        """
         ...
 
     def close(self) -> None:

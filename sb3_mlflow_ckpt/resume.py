@@ -17,6 +17,7 @@ from sb3_mlflow_ckpt.errors import (
     InvalidIdError,
 )
 from sb3_mlflow_ckpt.layout import RunFolder, model_path
+from sb3_mlflow_ckpt.leaving import remove_when_leaving
 from sb3_mlflow_ckpt.loading import read_source
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata
 from sb3_mlflow_ckpt.verification import verify_checkpoint
@@ -136,5 +137,6 @@ def _from_mlflow(uri: str, tracking_uri: str | None) -> ResumeSource:
     from sb3_mlflow_ckpt.mirrors.artifacts import download_checkpoint
 
     folder = tempfile.TemporaryDirectory(prefix="sb3_mlflow_ckpt-")
+    remove_when_leaving(Path(folder.name))
     download = download_checkpoint(uri, Path(folder.name), tracking_uri)
     return ResumeSource(download.path, download.uri, verify_checkpoint(download.path), folder)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sb3_mlflow_ckpt.algorithms import algorithm_name
 from sb3_mlflow_ckpt.checkpoints import origin
 from sb3_mlflow_ckpt.commit import prepare_folder
-from sb3_mlflow_ckpt.errors import MirrorUnavailableError
+from sb3_mlflow_ckpt.errors import MirrorUnavailableError, TrainingInterrupted
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.live_run import LiveRun, RunOptions
 from sb3_mlflow_ckpt.metadata import ParentReference
@@ -106,6 +106,7 @@ def open_run(
     *,
     start_offline: bool,
     fresh: bool,
+    check: Callable[[], None],
 ) -> LiveRun:
     """Begin a run: its folder, its mirrors, its record.
 
@@ -117,6 +118,7 @@ def open_run(
         options: How it is kept.
         start_offline: Begin even if a mirror does not answer.
         fresh: Whether the training begins at its beginning.
+        check: Is called before the run is recorded; what it raises takes back what was made.
 
     Raises:
         CheckpointSaveError: The folder cannot be written to.
@@ -127,17 +129,21 @@ def open_run(
     # Before anything is made elsewhere: no run must be left behind in MLflow for a disk that refuses.
     prepare_folder(checkpoint_dir)
     try:
-        run_id = lineage.run_id = _open_mirrors(record, mirrors, lineage.run_id, start_offline)
+        try:
+            run_id = lineage.run_id = _open_mirrors(record, mirrors, lineage.run_id, start_offline)
+        finally:
+            # Whoever asked it to stop is not told that a server does not answer.
+            check()
         lineage.root_run_id = lineage.root_run_id or run_id
         record = {**record, "run_id": run_id, "root_run_id": lineage.root_run_id}
         for mirror in mirrors:
             record |= mirror.describe()
         folder = RunFolder(checkpoint_dir, str(record["agent_id"]), run_id)
         return LiveRun(folder, record, mirrors, options, fresh=fresh)
-    except BaseException:
+    except BaseException as error:
         # No run may be left behind in MLflow that never trains.
         for mirror in mirrors:
-            mirror.cancel()
+            mirror.cancel("interrupted" if isinstance(error, TrainingInterrupted) else "failed")
         raise
 
 

@@ -164,12 +164,12 @@ class MLflowMirror:
         self._prune(client, run, journal)
         self._send_status(client, run, record)
 
-    def cancel(self) -> None:
-        """End a run that `open` made as failed: nothing will be trained under it."""
+    def cancel(self, status: str) -> None:
+        """End a run that `open` made: nothing will be trained under it."""
         if self._created and self._client is not None and self._run is not None:
             try:
                 with quick_requests():
-                    self._client.set_terminated(self._run.info.run_id, "FAILED")
+                    self._client.set_terminated(self._run.info.run_id, _STATUS[status])
             except Exception as error:
                 logger.debug("MLflow was not told that the run will not train", exc_info=error)
         self._forget()

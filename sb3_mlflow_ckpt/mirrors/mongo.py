@@ -113,7 +113,7 @@ class MongoMirror:
                 self._send_checkpoints(database, journal, record["run_id"], sent)
                 self._send_curve(database, journal, record["run_id"], sent)
 
-    def cancel(self) -> None:
+    def cancel(self, status: str) -> None:
         """Close the connections: `open` made nothing that must go."""
         self.close()
 
