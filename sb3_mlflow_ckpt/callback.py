@@ -9,7 +9,6 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal, NoReturn
 
-import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -17,6 +16,7 @@ from sb3_mlflow_ckpt.algorithms import algorithm_name, describe_model
 from sb3_mlflow_ckpt.checkpoints import note_origin
 from sb3_mlflow_ckpt.commit import capture_checkpoint
 from sb3_mlflow_ckpt.curve import CurveSampler
+from sb3_mlflow_ckpt.episodes import EndedEpisodes
 from sb3_mlflow_ckpt.errors import (
     CheckpointSaveError,
     IncompatibleCheckpointError,
@@ -136,7 +136,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         self._due: int | None = None
         self._curve = CurveSampler()
         self._latest_of_ended: Path | None = None
-        self._monitored: tuple[int, int] = (0, 0)
+        self._episodes = EndedEpisodes()
 
     @property
     def run_id(self) -> str | None:
@@ -246,8 +246,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         with self._signals.hold():
             live = self._running()
             self._moments.step()
-            dones = self.locals.get("dones")
-            self._count(int(np.count_nonzero(dones)) if dones is not None else self._ended_by_monitor())
+            self._count(self._episodes.ended(self.model, self.locals))
             if self._curve.due():
                 self._add_point(live)
             self._check_writer(live)
@@ -259,7 +258,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         with self._signals.hold():
             if "dones" not in self.locals:
                 # ARS tells of a candidate's episodes after its last step.
-                self._count(self._ended_by_monitor())
+                self._count(self._episodes.ended(self.model, self.locals))
                 if self._due is not None:
                     self._moments.take_soon(overdue=False)
             self._moments.rollout_end()
@@ -349,21 +348,11 @@ class EpisodeCheckpointCallback(BaseCallback):
         return self._live
 
     def _count(self, ended: int) -> None:
-        if ended == 0:
-            return
         before, self.episode = self.episode, self.episode + ended
-        due = self._interval.due(before, self.episode)
+        due = self._interval.due(before, self.episode) if ended else None
         if due is not None:
             # Several that fall due before the next safe point are one checkpoint, as several in one step are.
             self._due = due
-
-    def _ended_by_monitor(self) -> int:
-        """Return how many episodes ended since the last call, for ARS, which shows callbacks no `dones`."""
-        infos = self.model.ep_info_buffer
-        identity, seen = self._monitored
-        count = len(infos) if infos is not None else 0
-        self._monitored = (id(infos), count)
-        return count - seen if id(infos) == identity else count
 
     def _state(self) -> tuple[int, int, int]:
         return self.episode, self.model.num_timesteps, int(getattr(self.model, "_n_updates", 0))
@@ -387,6 +376,7 @@ class EpisodeCheckpointCallback(BaseCallback):
             for mirror in self._mirrors:
                 mirror.cancel("interrupted")
             return "Nothing was trained"
+        live.report(num_timesteps=self.num_timesteps, episode=self.episode)
         live.end_beside("interrupted", seconds)
         return f"The last checkpoint is {live.latest}" if live.latest is not None else "No checkpoint was saved"
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import FrameType
@@ -106,7 +108,15 @@ def describe_space(space: gymnasium.Space[Any]) -> dict[str, Any]:
 
 
 def _leave_it_to_the_trainer(signum: int, frame: FrameType | None) -> None:
-    """Do nothing: the trainer closes its end of the pipe, or dies, and the worker ends with it."""
+    """Do nothing: the worker ends when the trainer closes its end of the pipe, or when that dies."""
+
+
+def _end_with_the_trainer() -> None:
+    """End this worker when its trainer is gone, be it in the middle of a step that takes for ever."""
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        trainer.join()
+        os._exit(1)
 
 
 def _make_single(env_id: str, env_kwargs: Mapping[str, Any]) -> gymnasium.Env[Any, Any]:
@@ -118,6 +128,7 @@ def _make_single(env_id: str, env_kwargs: Mapping[str, Any]) -> gymnasium.Env[An
         # must still hear from its workers to save. Not ignored: that, a simulator which they start would inherit.
         for signum in SIGNALS:
             signal.signal(signum, _leave_it_to_the_trainer)
+        threading.Thread(target=_end_with_the_trainer, name="trainer-lives", daemon=True).start()
     if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
         # ale_py registers its environments when it is imported.
         import_object("ale_py:AtariEnv", "env_id")

@@ -65,6 +65,11 @@ class CommandGuard:
         return self._trained_through
 
 
+def _commanded() -> bool:
+    """Return whether this process is the command line's."""
+    return any(isinstance(listener, CommandGuard) for listener in watch.listeners)
+
+
 class SignalGuard:
     """Turns a signal into a flag while a training runs, and sees to it that the process ends within its grace period.
 
@@ -128,6 +133,9 @@ class SignalGuard:
         """Give the signals back: the run has ended."""
         self._ended.set()
         watch.discard(self)
+        if self.received is not None and _commanded():
+            # It is on its way out, with the exit code of the first signal.
+            watch.ignore()
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -165,7 +173,7 @@ class SignalGuard:
                 signal.pthread_kill(threading.main_thread().ident or 0, self.received)
         if ended.is_set():
             # A script goes on as it likes; the command line has nothing left to do but to end.
-            if any(isinstance(listener, CommandGuard) for listener in watch.listeners):
+            if _commanded():
                 time.sleep(max(0.0, self._left(_END)))
                 leave(EXIT_CODES[self.received])
         elif not hasattr(sys, "ps1"):

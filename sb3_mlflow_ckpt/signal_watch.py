@@ -59,6 +59,12 @@ class SignalWatch:
         if not self._listeners and threading.current_thread() is threading.main_thread():
             self._restore()
 
+    def ignore(self) -> None:
+        """Have signals ignored for the rest of the process: they cannot cut its exit short."""
+        for signum in self._before:
+            # Python itself would take its handlers away some time before the process is gone.
+            signal.signal(signum, signal.SIG_IGN)
+
     def _install(self) -> None:
         if self._before:
             return

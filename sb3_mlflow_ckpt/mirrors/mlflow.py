@@ -164,6 +164,16 @@ class MLflowMirror:
         self._prune(client, run, journal)
         self._send_status(client, run, record)
 
+    def tell_end(self, record: Mapping[str, Any]) -> None:
+        """End the MLflow run, beside a request that hangs."""
+        from mlflow import MlflowClient
+
+        status = str(record["status"])
+        if self._run is not None and self._owned and status in TERMINAL_STATUSES:
+            client = MlflowClient(tracking_uri=self._uri())
+            end = naming.milliseconds(record.get("ended_at"))
+            client.set_terminated(self._run.info.run_id, _STATUS[status], end_time=end)
+
     def cancel(self, status: str) -> None:
         """End a run that `open` made: nothing will be trained under it."""
         if self._created and self._client is not None and self._run is not None:

@@ -113,6 +113,9 @@ class MongoMirror:
                 self._send_checkpoints(database, journal, record["run_id"], sent)
                 self._send_curve(database, journal, record["run_id"], sent)
 
+    def tell_end(self, record: Mapping[str, Any]) -> None:
+        """Do nothing: the record is what is sent first."""
+
     def cancel(self, status: str) -> None:
         """Close the connections: `open` made nothing that must go."""
         self.close()
