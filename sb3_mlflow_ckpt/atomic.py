@@ -95,11 +95,15 @@ def append_line(path: Path, value: Any, *, durable: bool = True) -> None:
 def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     """Read the complete JSON lines from a byte offset on; torn and foreign lines are passed over.
 
+    A file that is shorter than that is another one than before, and is read from its beginning.
+
     Returns:
         The documents and the offset behind the last complete line.
     """
     try:
         with open(path, "rb") as file:
+            if offset > os.fstat(file.fileno()).st_size:
+                offset = 0
             file.seek(offset)
             content = file.read()
     except FileNotFoundError:

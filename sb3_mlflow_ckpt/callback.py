@@ -20,6 +20,7 @@ from sb3_mlflow_ckpt.episodes import EndedEpisodes
 from sb3_mlflow_ckpt.errors import (
     CheckpointSaveError,
     IncompatibleCheckpointError,
+    RunTakenOverError,
     TrainingInterrupted,
 )
 from sb3_mlflow_ckpt.interruption import DEFAULT_GRACE_SECONDS, ExitGuard, SignalGuard
@@ -409,7 +410,7 @@ class EpisodeCheckpointCallback(BaseCallback):
 
     def _check_writer(self, live: LiveRun) -> None:
         for failure in live.failures():
-            if self._on_save_failure == "stop":
+            if self._on_save_failure == "stop" or isinstance(failure, RunTakenOverError):
                 raise failure
             self._saved_state = None
             logger.error("%s; training goes on (on_save_failure: continue)", failure)

@@ -63,6 +63,7 @@ class Origin(NamedTuple):
             checkpoint=self.source,
             episode=self.metadata.episode,
             sha256=files[0].sha256 if files else None,
+            timestamp=self.metadata.timestamp,
         )
 
 

@@ -177,11 +177,17 @@ def _commit(folder: RunFolder, capture: CheckpointCapture) -> CheckpointMetadata
             raise
         atomic.write_bytes(metadata_file, atomic.dump_json(metadata.to_json()))
     except OSError as error:
-        hint = _DISK_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else _UNUSABLE
-        raise CheckpointSaveError(path, error, hint) from error
+        raise save_error(path, error) from error
     except (ValueError, TypeError) as error:
         raise CheckpointSaveError(path, error, "config and extra_state must be plain JSON") from error
     return metadata
+
+
+def save_error(path: Path, error: OSError) -> CheckpointSaveError:
+    """Return what a disk's error means for the checkpoint that was to lie at `path`, with the remedies."""
+    if isinstance(error, CheckpointSaveError):
+        return error
+    return CheckpointSaveError(path, error, _DISK_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else _UNUSABLE)
 
 
 def remove_checkpoint(folder: RunFolder, episode: int) -> None:

@@ -87,6 +87,15 @@ class CheckpointSaveError(CheckpointError, OSError):
         super().__init__(message + (f". {hint}" if hint else ""))
 
 
+class RunTakenOverError(CheckpointSaveError):
+    """Another process writes to the run folder now: this one must not any more."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        cause = RuntimeError("another process has taken over this run folder")
+        super().__init__(folder, cause, "This one stops, and leaves the folder and its mirrors to it")
+
+
 class InvalidIdError(CheckpointError, ValueError):
     """An agent id or run id could leave its folder, or cannot name one everywhere."""
 

@@ -15,16 +15,24 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from sb3_mlflow_ckpt import atomic
-from sb3_mlflow_ckpt.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError, RunFolderBusyError
+from sb3_mlflow_ckpt.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    RunFolderBusyError,
+    RunTakenOverError,
+)
 from sb3_mlflow_ckpt.layout import LOCK_NAME, REPLAY_FOLDER, TEMPORARY_PREFIX, RunFolder, entry_chunk, metadata_episode
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, parse_metadata, timestamp_now
+from sb3_mlflow_ckpt.ownership import FolderClaim
+from sb3_mlflow_ckpt.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +134,17 @@ class CheckpointLedger:
             return None
         return episode
 
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Yield lines that tell what this ledger holds."""
+        for saved in self.saved.values():
+            yield {"event": "saved", **saved}
+        for episode, uri in self.uris.items():
+            sha256 = self.saved.get(episode, {}).get("sha256")
+            yield {"event": "mirrored", "episode": episode, "uri": uri, "sha256": sha256}
+        for kind, episodes in (("unmirrored", self.retired), ("pruned", self.pruned)):
+            for episode in sorted(episodes):
+                yield {"event": kind, "episode": episode}
+
     @property
     def waiting(self) -> set[int]:
         """The episodes that are on disk and were never mirrored."""
@@ -135,7 +154,8 @@ class CheckpointLedger:
 class RunJournal:
     """The one writer of a run folder's record, curve and checkpoint ledger. Safe to call from any thread.
 
-    Opening takes the folder's lock, which the operating system releases if the process dies.
+    Opening takes the folder's lock. Before every write it is made sure that the folder is still this journal's: one
+    that was removed or renamed meanwhile is made again; one that another process has taken over is left to it.
 
     Args:
         folder: The run folder; made if it is missing.
@@ -146,13 +166,8 @@ class RunJournal:
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
-        folder.path.mkdir(parents=True, exist_ok=True)
-        # A lock of this process's threads alike: the file stays, since removing it would race with its takers.
-        self._file_lock = FileLock(folder.lock, timeout=0, thread_local=False)
-        try:
-            self._file_lock.acquire()
-        except Timeout as error:
-            raise RunFolderBusyError(folder.path) from error
+        self._claim = FolderClaim(folder)
+        self._timeline = Timeline()
         self._lock = threading.RLock()
         self._listeners: list[Callable[[], None]] = []
         self.ledger = CheckpointLedger()
@@ -160,7 +175,13 @@ class RunJournal:
         for event in events:
             self.ledger.apply(event)
         self._record: dict[str, Any] = read_record(folder) if folder.record.exists() else {}
-        self._curve_end = _curve_end(folder.metrics)
+        last_points = _last_points(folder.metrics)
+        self._curve_end = max((steps for steps, _ in last_points), default=-1)
+        for stamp in [
+            *(time for _, time in last_points),
+            *(saved.get("timestamp") for saved in self.ledger.saved.values()),
+        ]:
+            self._timeline.note(stamp)
         self._reconcile()
 
     @property
@@ -174,9 +195,28 @@ class RunJournal:
         with self._lock:
             attempt = int(self._record.get("attempt", 0)) + 1
             kept = {key: self._record[key] for key in ("started_at", "parent") if self._record.get(key)}
+            self._timeline.note((record.get("parent") or {}).get("timestamp"))
             self._record = {**record, **kept, "attempt": attempt}
-            self._write_record()
+            atomic.write_bytes(self.folder.record, atomic.dump_json(self._record))
         self._notify()
+
+    def stamp(self, timestamp: str) -> str:
+        """Return a time that lies after all that this run, and the one that it came from, gave out before."""
+        with self._lock:
+            return self._timeline.after(timestamp)
+
+    def make_sure(self) -> None:
+        """Make sure that the folder is still this journal's, as before every write.
+
+        Raises:
+            RunTakenOverError: Another process writes to it now.
+            OSError: It is gone and cannot be made again.
+        """
+        with self._lock:
+            if not self._claim.holds():
+                self._claim_again()
+            elif self._superseded():
+                raise RunTakenOverError(self.folder.path)
 
     def update(self, **fields: Any) -> None:
         """Change fields of the record and rewrite it; a nested mapping replaces the one before."""
@@ -194,7 +234,9 @@ class RunJournal:
         if point.get("num_timesteps", 0) <= self._curve_end:
             return
         with self._lock:
-            atomic.append_line(self.folder.metrics, dict(point), durable=False)
+            self.make_sure()
+            stamp = {"time": self.stamp(point["time"])} if "time" in point else {}
+            atomic.append_line(self.folder.metrics, {**point, **stamp}, durable=False)
         self._notify()
 
     def add_saved(self, metadata: CheckpointMetadata) -> None:
@@ -236,16 +278,49 @@ class RunJournal:
 
     def close(self) -> None:
         """Release the folder."""
-        self._file_lock.release()
+        self._claim.release()
 
     def _add_event(self, event: dict[str, Any]) -> None:
         with self._lock:
+            self.make_sure()
             atomic.append_line(self.folder.events, event)
             self.ledger.apply(event)
         self._notify()
 
     def _write_record(self) -> None:
+        self.make_sure()
         atomic.write_bytes(self.folder.record, atomic.dump_json(self._record))
+
+    def _superseded(self) -> bool:
+        """Return whether a later attempt has written the record: a lock is no fence where a file system has none."""
+        try:
+            found = read_record(self.folder)
+        except (CheckpointError, OSError):
+            return False  # Whatever became of it, the next update writes it anew.
+        attempt = found.get("attempt")
+        return isinstance(attempt, int) and attempt > int(self._record.get("attempt", 0))
+
+    def _claim_again(self) -> None:
+        """Take the folder anew after it, or its lock, was removed or renamed in mid-run."""
+        held = self._claim
+        try:
+            self._claim = FolderClaim(self.folder)
+        except RunFolderBusyError as error:
+            raise RunTakenOverError(self.folder.path) from error
+        held.release()
+        if self._superseded():
+            raise RunTakenOverError(self.folder.path)
+        if self._record and not self.folder.record.exists():
+            logger.error(
+                "%s was removed or renamed while its run trains. It is made again: "
+                "the checkpoints that lay in it are not there any more, the next ones will be",
+                self.folder.path,
+            )
+            atomic.write_bytes(self.folder.record, atomic.dump_json(self._record))
+        if not self.folder.events.exists():
+            lines = [atomic.dump_json(event, indent=None) for event in self.ledger.events()]
+            atomic.write_bytes(self.folder.events, b"".join(lines))
+            self._reconcile()
 
     def _notify(self) -> None:
         for listener in self._listeners:
@@ -266,12 +341,13 @@ class RunJournal:
             self.add_pruned(episode)
 
 
-def _curve_end(path: Path) -> int:
-    """Return the timesteps of the last point that an earlier attempt left, or -1."""
+def _last_points(path: Path) -> list[tuple[int, Any]]:
+    """Return timesteps and time of the last points that earlier attempts left."""
     start = max(0, path.stat().st_size - _TAIL_BYTES) if path.exists() else 0
     points, _ = atomic.read_lines(path, start)
-    steps = [point["num_timesteps"] for point in points if isinstance(point.get("num_timesteps"), int)]
-    return max(steps, default=-1)
+    return [
+        (point["num_timesteps"], point.get("time")) for point in points if isinstance(point.get("num_timesteps"), int)
+    ]
 
 
 def sweep_dead_writers(folder: RunFolder) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sb3_mlflow_ckpt.commit import CheckpointCapture, commit_checkpoint, remove_checkpoint
-from sb3_mlflow_ckpt.errors import RunFolderTakenError, describe
+from sb3_mlflow_ckpt.commit import CheckpointCapture, commit_checkpoint, remove_checkpoint, save_error
+from sb3_mlflow_ckpt.errors import CheckpointError, RunFolderTakenError, RunTakenOverError, describe
 from sb3_mlflow_ckpt.journal import RunJournal, committed_episodes, sweep_dead_writers
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, timestamp_now
@@ -26,6 +28,8 @@ from sb3_mlflow_ckpt.writer import BackgroundWriter
 
 logger = logging.getLogger(__name__)
 
+# An hour of a disk that takes nothing.
+_MOST_UNWRITTEN_POINTS = 3600
 # Of the grace period: what the mirrors may take.
 _COPYING = 1 / 3
 
@@ -63,6 +67,7 @@ class LiveRun:
     Raises:
         RunFolderBusyError: The folder is in use.
         RunFolderTakenError: The folder holds checkpoints of another training.
+        CheckpointSaveError: The disk refuses the folder or the record.
     """
 
     def __init__(
@@ -79,18 +84,14 @@ class LiveRun:
         self.latest_metadata: CheckpointMetadata | None = None
         self._options = options
         self._gave_up: set[int] = set()
+        self._taken_over = False
+        self._points: deque[Mapping[str, Any]] = deque(maxlen=_MOST_UNWRITTEN_POINTS)
         self._mirrored = any(mirror.stores_checkpoints for mirror in mirrors)
         self._progress: dict[str, Any] = dict(record["progress"])
         self._last_step_at: str | None = None
-        self._journal = RunJournal(folder)
-        if fresh and committed_episodes(folder):
-            self._journal.close()
-            raise RunFolderTakenError(folder.path)
-        # Before any thread of this run writes: what lies about half-written is a dead writer's.
-        sweep_dead_writers(folder)
+        self._journal = _start(folder, {**record, "mirrors": [mirror.name for mirror in mirrors]}, fresh=fresh)
         self._chunks = ChunkSweeper(folder)
         self._chunks.sweep()
-        self._journal.start({**record, "mirrors": [mirror.name for mirror in mirrors]})
         self._writer = BackgroundWriter()
         self._replicators = [Replicator(mirror, self._journal) for mirror in mirrors]
         for replicator in self._replicators:
@@ -124,17 +125,16 @@ class LiveRun:
 
     def note_resume(self, report: Mapping[str, Any]) -> None:
         """Record whether the run goes on exactly from its parent; a disk that refuses it does not stop training."""
-        try:
+        with self._tolerating("How the run was resumed was not recorded"):
             self._journal.update(resume=dict(report))
-        except OSError as error:
-            logger.warning("How the run was resumed was not recorded: %s", error)
 
     def add_metrics(self, point: Mapping[str, Any]) -> None:
-        """Append a point of the learning curve; a disk that refuses it does not stop training."""
-        try:
-            self._journal.add_metrics(point)
-        except OSError as error:
-            logger.warning("A point of the learning curve was not written: %s", error)
+        """Append a point of the learning curve; one that the disk refuses is written with the next."""
+        self._points.append(point)
+        with self._tolerating("A point of the learning curve is not written yet"):
+            while self._points:
+                self._journal.add_metrics(self._points[0])
+                self._points.popleft()
 
     def finish(
         self, status: str, error: BaseException | None = None, hurry: Callable[[], bool] = lambda: False
@@ -154,6 +154,9 @@ class LiveRun:
             self._ended.set()
             self._heartbeat.join()
             self._record_end(status, error)
+            if self._taken_over:
+                # What happens in that folder is told by its new owner.
+                self._replicators.clear()
             timeout = self._sync_timeout(status)
             behind = close_all(self._storing(True), timeout, hurry)
             # What waited for its copy may go now, and that is a fact the others are still to be told.
@@ -183,7 +186,8 @@ class LiveRun:
         if self._journal.record.get("status") not in TERMINAL_STATUSES:
             self._record_end(status, None)
         self._writer.drain()
-        close_all(self._replicators, max(0.0, deadline - time.monotonic()))
+        if not self._taken_over:
+            close_all(self._replicators, max(0.0, deadline - time.monotonic()))
 
     def _storing(self, stores_checkpoints: bool) -> list[Replicator]:
         return [r for r in self._replicators if r.mirror.stores_checkpoints == stores_checkpoints]
@@ -194,24 +198,48 @@ class LiveRun:
         return min(timeout, _COPYING * self._options.grace_seconds) if status == "interrupted" else timeout
 
     def _record_end(self, status: str, error: BaseException | None) -> None:
-        try:
+        with self._tolerating("The end of the run was not recorded"):
             self._journal.update(
                 status=status,
                 ended_at=timestamp_now(),
                 error=redact_all(describe(error)) if error is not None else None,
                 **self._vital_signs(),
             )
-        except OSError as failure:
-            logger.error("The end of the run could not be recorded in %s: %s", self.folder.record, failure)
+
+    @contextmanager
+    def _tolerating(self, what: str) -> Iterator[None]:
+        """Go on without a line that the disk refuses; a folder that another process has taken over ends the run."""
+        try:
+            yield
+        except RunTakenOverError as error:
+            if not self._taken_over:
+                self._taken_over = True
+                for replicator in self._replicators:
+                    replicator.abandon()
+                self._writer.report(error)
+        except OSError as error:
+            logger.warning("%s: %s", what, error)
 
     def _commit(self, capture: CheckpointCapture) -> None:
-        metadata = commit_checkpoint(self.folder, capture)
-        self._chunks.add(metadata)
-        self._journal.add_saved(metadata)
+        try:
+            self._journal.make_sure()
+            timestamp = self._journal.stamp(capture.metadata.timestamp)
+            metadata = capture.metadata.model_copy(update={"timestamp": timestamp})
+            metadata = commit_checkpoint(self.folder, capture._replace(metadata=metadata))
+            self._chunks.add(metadata)
+            self._journal.add_saved(metadata)
+        except OSError as error:
+            raise save_error(self.folder.model(capture.metadata.episode), error) from error
+        finally:
+            if capture.replay is not None:
+                # Training waits for the rows that a capture reads, whatever became of it.
+                capture.replay.release()
         self.latest, self.latest_metadata = self.folder.model(metadata.episode), metadata
         self._prune()
 
     def _prune(self) -> None:
+        if self._taken_over:
+            return
         ledger = self._journal.ledger
         protected: set[int] = set()
         if self._mirrored:
@@ -237,10 +265,8 @@ class LiveRun:
 
     def _beat(self) -> None:
         while not self._ended.wait(self._options.heartbeat_seconds):
-            try:
+            with self._tolerating("The heartbeat was not written"):
                 self._journal.update(**self._vital_signs())
-            except OSError as error:
-                logger.warning("The heartbeat was not written: %s", error)
 
     def _vital_signs(self) -> dict[str, Any]:
         return {
@@ -248,3 +274,23 @@ class LiveRun:
             "progress": dict(self._progress),
             "last_step_at": self._last_step_at,
         }
+
+
+def _start(folder: RunFolder, record: Mapping[str, Any], *, fresh: bool) -> RunJournal:
+    """Take a run folder and write the record of a run that starts in it."""
+    try:
+        journal = RunJournal(folder)
+        try:
+            if fresh and committed_episodes(folder):
+                raise RunFolderTakenError(folder.path)
+            # Before any thread of this run writes: what lies about half-written is a dead writer's.
+            sweep_dead_writers(folder)
+            journal.start(record)
+        except BaseException:
+            journal.close()
+            raise
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise save_error(folder.path, error) from error
+    return journal

@@ -38,6 +38,7 @@ class ParentReference(BaseModel):
     checkpoint: str
     episode: int = Field(ge=0)
     sha256: str | None = None
+    timestamp: str | None = None
 
 
 class CheckpointMetadata(BaseModel):

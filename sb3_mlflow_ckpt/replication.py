@@ -101,6 +101,11 @@ class Replicator:
         """Why the last attempt failed, or None where it succeeded."""
         return self._failure
 
+    def abandon(self) -> None:
+        """Send nothing more; what is under way is not waited for."""
+        self._abandoned.set()
+        self._changed.set()
+
     def close(self, timeout: float, hurry: Callable[[], bool] = lambda: False) -> bool:
         """Send what is left; return whether the mirror has everything.
 
@@ -141,6 +146,8 @@ class Replicator:
         pause = _FIRST_RETRY_SECONDS
         while True:
             self._changed.wait()
+            if self._abandoned.is_set():
+                return
             # Cleared before the work: a change that comes during it wakes the next round.
             closing = self._closing.is_set()
             self._changed.clear()

@@ -41,6 +41,10 @@ class BackgroundWriter:
         except queue.Empty:
             return None
 
+    def report(self, failure: BaseException) -> None:
+        """Have `failure` return what another thread of the run met."""
+        self._failures.put(failure)
+
     def drain(self) -> None:
         """Wait until every job that was submitted has ended."""
         self._jobs.join()
