@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,8 +40,8 @@ class Preempted:
         self.cwd = cwd
         self.checkpoint_dir = cwd / "checkpoints"
         self._reached = cwd / "reached"
-        self.temporary = cwd / "tmp"
-        self.temporary.mkdir(exist_ok=True)
+        # A short path: processes of environments meet at a socket in it.
+        self.temporary = Path(tempfile.mkdtemp(prefix="ckpt-"))
         settings = {"MOMENT": moment, "MOMENT_FOLDER": str(cwd), "TMPDIR": str(self.temporary), **(env or {})}
         words = [*_ENVIRONMENT, "--checkpoint-interval-episodes", 10, "--total-timesteps", TARGET, *flags]
         self._log = cwd / "trainer.log"
@@ -69,6 +71,7 @@ class Preempted:
         assert not alive, "a worker outlived its trainer"
         assert "Traceback" not in self.log, self.log
         assert not list(self.temporary.glob("sb3_mlflow_ckpt-*")), "a download is left"
+        shutil.rmtree(self.temporary)
         return code
 
     @property
