@@ -3,49 +3,44 @@
 from __future__ import annotations
 
 import logging
-import uuid
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal
+from types import FrameType, TracebackType
+from typing import Any, Literal, NoReturn
 
-import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mlflow_ckpt.algorithms import algorithm_name, describe_model
-from sb3_mlflow_ckpt.commit import capture_checkpoint, prepare_folder
+from sb3_mlflow_ckpt.commit import capture_checkpoint
 from sb3_mlflow_ckpt.curve import CurveSampler
+from sb3_mlflow_ckpt.episodes import EndedEpisodes
 from sb3_mlflow_ckpt.errors import (
     CheckpointSaveError,
     IncompatibleCheckpointError,
-    MirrorUnavailableError,
     RunTakenOverError,
     TrainingInterrupted,
 )
-from sb3_mlflow_ckpt.interruption import ExitGuard, SignalGuard
+from sb3_mlflow_ckpt.interruption import DEFAULT_GRACE_SECONDS, ExitGuard, SignalGuard
 from sb3_mlflow_ckpt.layout import RunFolder, check_id
 from sb3_mlflow_ckpt.live_run import LiveRun, RunOptions
-from sb3_mlflow_ckpt.metadata import ParentReference
-from sb3_mlflow_ckpt.origins import lease_of, note_origin, origin
+from sb3_mlflow_ckpt.origins import lease_of, note_origin
 from sb3_mlflow_ckpt.policies import EveryNEpisodes, MirrorBacklog, Retention
-from sb3_mlflow_ckpt.provenance import environment
 from sb3_mlflow_ckpt.replication import Mirror
-from sb3_mlflow_ckpt.resumption import ResumeState, Resumption
-from sb3_mlflow_ckpt.runs.document import new_record, plain
+from sb3_mlflow_ckpt.resumption import ResumeState
+from sb3_mlflow_ckpt.run_opening import Lineage, first_record, open_run
+from sb3_mlflow_ckpt.runs.document import plain
 from sb3_mlflow_ckpt.snapshots import SaveReplayBuffer, Snapshots
 from sb3_mlflow_ckpt.state.callbacks import CallbackStates
 from sb3_mlflow_ckpt.state.model import all_finite
-from sb3_mlflow_ckpt.state.safe_point import SafePoint
+from sb3_mlflow_ckpt.state.safe_point import SafePoint, is_writing
 
 logger = logging.getLogger(__name__)
 
-_START_OFFLINE = "with start_offline it trains at once and sends the records when it is back"
-
 
 class EpisodeCheckpointCallback(BaseCallback):
-    """Saves a checkpoint every N episodes, at the end, on an exception and on SIGTERM or SIGINT.
+    """Saves a checkpoint every N episodes, at the end, on an exception and on SIGTERM, SIGINT or SIGUSR1.
 
     Episodes are counted over all environments. The run's record and learning curve are kept beside the
     checkpoints and copied to the mirrors in the background. After a signal the training stops with
@@ -70,7 +65,11 @@ class EpisodeCheckpointCallback(BaseCallback):
         resume_state: What checkpoints hold and a resume restores: `exact` everything that decides how training goes
             on, `auto` the same but for a replay buffer of over 2 GiB, `weights` only parameters and counters.
         save_replay_buffer: Whether checkpoints hold the replay buffer; `auto` up to a full capacity of 2 GiB.
-        handle_signals: Whether SIGTERM and SIGINT are taken over while training (main thread only).
+        handle_signals: Whether SIGTERM, SIGINT and, unless it has a handler, SIGUSR1 are taken over while training
+            (main thread only).
+        grace_seconds: The longest time from a signal to the end of the training. Where no moment comes within half
+            of it at which everything can be saved, it is saved from wherever training stands; where training does
+            not come back at all, the process is ended.
         heartbeat_seconds: How often the record says that the run lives.
         sync_timeout_seconds: How long the end waits for a mirror that is behind.
         max_unmirrored_checkpoints: Checkpoints that an outage may keep on disk beyond keep_last_n_checkpoints.
@@ -99,6 +98,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         resume_state: ResumeState = "auto",
         save_replay_buffer: SaveReplayBuffer = "auto",
         handle_signals: bool = True,
+        grace_seconds: float = DEFAULT_GRACE_SECONDS,
         heartbeat_seconds: float = 10.0,
         sync_timeout_seconds: float = 60.0,
         max_unmirrored_checkpoints: int = 50,
@@ -109,8 +109,6 @@ class EpisodeCheckpointCallback(BaseCallback):
             if value is not None:
                 check_id(value, what)
         self.episode = 0
-        self.run_id = run_id
-        self._given_run_id = run_id
         self.agent_id = agent_id
         self.run_name = run_name
         self.behind: list[str] = []
@@ -129,20 +127,26 @@ class EpisodeCheckpointCallback(BaseCallback):
             MirrorBacklog(max_unmirrored_checkpoints),
             heartbeat_seconds,
             sync_timeout_seconds,
+            grace_seconds,
         )
-        self._signals = SignalGuard(enabled=handle_signals)
+        self._signals = SignalGuard(grace_seconds, self._save_here, self._end_beside, enabled=handle_signals)
+        self._interruption: TrainingInterrupted | None = None
         self._exit = ExitGuard(self.abort)
         self._live: LiveRun | None = None
-        self._parent: ParentReference | None = None
-        self._root_run_id: str | None = None
+        self._ending: LiveRun | None = None
+        self._lineage = Lineage(run_id)
         self._saved_state: tuple[int, int, int] | None = None
-        self._resumption: Resumption | None = None
         self._trained: weakref.ref[BaseAlgorithm] | None = None
         self._snapshots: Snapshots | None = None
         self._due: int | None = None
         self._curve = CurveSampler()
         self._latest_of_ended: Path | None = None
-        self._monitored: tuple[int, int] = (0, 0)
+        self._episodes = EndedEpisodes()
+
+    @property
+    def run_id(self) -> str | None:
+        """The run's id, once training has begun or where it was given."""
+        return self._lineage.run_id
 
     @property
     def folder(self) -> RunFolder | None:
@@ -154,7 +158,7 @@ class EpisodeCheckpointCallback(BaseCallback):
     @property
     def resume_report(self) -> dict[str, Any] | None:
         """Whether a resumed training goes on exactly (`exact`), and the `reason` why not; None for a fresh one."""
-        return self._resumption.report if self._resumption is not None else None
+        return self._lineage.resumption.report if self._lineage.resumption is not None else None
 
     @property
     def interrupted_by(self) -> int | None:
@@ -184,11 +188,13 @@ class EpisodeCheckpointCallback(BaseCallback):
         Args:
             error: What ended the training.
         """
-        live = self._live
-        if live is None:
-            return
-        if self._resumption is not None:
-            self._resumption.close()
+        if self._live is not None:
+            with self._signals.hold():
+                self._abort(self._live, error)
+
+    def _abort(self, live: LiveRun, error: BaseException | None) -> None:
+        if self._lineage.resumption is not None:
+            self._lineage.resumption.close()
         # Nothing was trained where the checkpoint that it was to go on from was refused.
         unsaved = isinstance(error, (CheckpointSaveError, IncompatibleCheckpointError))
         signalled = self._signals.received is not None or isinstance(error, (KeyboardInterrupt, TrainingInterrupted))
@@ -211,74 +217,73 @@ class EpisodeCheckpointCallback(BaseCallback):
         if self._live is not None:
             # In a notebook an error that left learn() ends neither the process nor a `with` block.
             self.abort(RuntimeError("An earlier learn() of this callback ended with an error"))
-        fresh = self._begin()
-        self.agent_id = self.agent_id or f"{algorithm_name(type(self.model)).rpartition(':')[2].lower()}_agent"
-        # Before anything is made elsewhere: no run must be left behind in MLflow for a disk that refuses.
-        prepare_folder(self._checkpoint_dir)
-        record = self._new_record()
-        try:
-            self.run_id = self._open_mirrors(record)
-            self._root_run_id = self._root_run_id or self.run_id
-            record |= {"run_id": self.run_id, "root_run_id": self._root_run_id}
-            for mirror in self._mirrors:
-                record |= mirror.describe()
-            folder = RunFolder(self._checkpoint_dir, self.agent_id, self.run_id)
-            lease = lease_of(self.model)
-            self._live = LiveRun(folder, record, self._mirrors, self._options, fresh=fresh, lease=lease)
-        except BaseException:
-            # No run may be left behind in MLflow that never trains.
-            for mirror in self._mirrors:
-                mirror.cancel()
-            raise
+        self._interruption = None
+        self._take_up()
+        # Before there is anything that says that it runs.
+        self._signals.install()
+        with self._signals.hold():
+            try:
+                live = self._live = self._open()
+            except BaseException:
+                self._signals.remove()
+                raise
+            self._exit.install()
+            self._prepare(live)
+
+    def _prepare(self, live: LiveRun) -> None:
         self.logger.output_formats.append(self._curve)
         self._curve.start(self.num_timesteps)
         watched = CallbackStates(self.locals.get("callback"))
         self._snapshots = Snapshots(self.model, watched, self._resume_state, self._save_replay_buffer, self._take)
         self._due, self._trained = None, weakref.ref(self.model)
-        self._signals.install()
-        self._exit.install()
-        if self._resumption is not None:
-            replay = self._resumption.training_start(watched, self._live.note_resume)
+        if self._lineage.resumption is not None:
+            replay = self._lineage.resumption.training_start(watched, live.note_resume)
             if replay is not None:
                 self._snapshots.continue_from(*replay)
 
     def _on_rollout_start(self) -> None:
-        if self._resumption is not None:
-            self._resumption.rollout_start()
-        self._moments.rollout_start(wanted=self._signals.received is not None)
+        with self._signals.hold():
+            if self._lineage.resumption is not None:
+                self._lineage.resumption.rollout_start()
+            self._moments.rollout_start(wanted=self._signals.received is not None)
 
     def _on_step(self) -> bool:
-        self._moments.step()
-        dones = self.locals.get("dones")
-        self._count(int(np.count_nonzero(dones)) if dones is not None else self._ended_by_monitor())
-        live = self._running()
-        if self._curve.due():
-            self._add_point(live)
-        self._check_writer(live)
-        if self._due is not None or self._signals.received is not None:
-            self._moments.take_soon(urgent=self._signals.received is not None)
+        with self._signals.hold():
+            live = self._running()
+            self._moments.step()
+            self._count(self._episodes.ended(self.model, self.locals))
+            if self._curve.due():
+                self._add_point(live)
+            self._check_writer(live)
+            if self._due is not None or self._signals.received is not None:
+                self._moments.take_soon(overdue=self._signals.overdue)
         return True
 
     def _on_rollout_end(self) -> None:
-        if "dones" not in self.locals:
-            # ARS tells of a candidate's episodes after its last step.
-            self._count(self._ended_by_monitor())
-            if self._due is not None:
-                self._moments.take_soon(urgent=False)
-        self._moments.rollout_end()
-        if self._resumption is not None:
-            self._resumption.rollout_end()
+        with self._signals.hold():
+            if "dones" not in self.locals:
+                # ARS tells of a candidate's episodes after its last step.
+                self._count(self._episodes.ended(self.model, self.locals))
+                if self._due is not None:
+                    self._moments.take_soon(overdue=False)
+            self._moments.rollout_end()
+            if self._lineage.resumption is not None:
+                self._lineage.resumption.rollout_end()
 
     def _on_training_end(self) -> None:
-        live = self._running()
+        with self._signals.hold():
+            self._end(self._running())
+
+    def _end(self, live: LiveRun) -> None:
         try:
             live.flush()
             self._check_writer(live)
             point = self._moments.training_end()
-            if self._resumption is not None and not self._resumption.complete:
+            resumption = self._lineage.resumption
+            if resumption is not None and not resumption.complete:
                 # There was nothing left to train: what was to be restored is in the checkpoint that it came from.
                 point = None
-                self._resumption.close()
+                resumption.close()
             due, self._due = self._due, None
             if due is not None:
                 self._save(due, "interval", point)
@@ -294,28 +299,45 @@ class EpisodeCheckpointCallback(BaseCallback):
         self._finish("completed" if signum is None or reached else "interrupted")
         if signum is not None:
             # It came during the last update. Whoever calls learn() in a loop must stop all the same.
-            raise TrainingInterrupted(signum, checkpoint)
+            self._leave(signum, checkpoint)
 
-    def _begin(self) -> bool:
-        """Take up where the model stands; return whether its training begins at its beginning."""
-        if self.model.num_timesteps == 0:
-            # A model of its own, be it the first or a further one in a loop over seeds.
-            self.episode, self.run_id = 0, self._given_run_id
-            self._parent = self._root_run_id = self._saved_state = self._resumption = None
-            return True
-        came_from = origin(self.model)
+    def _take_up(self) -> None:
+        """Take up where the model stands."""
         is_another = self._trained is None or self._trained() is not self.model
-        if is_another and self._trained is not None:
-            self.episode, self.run_id = 0, self._given_run_id
-            self._parent = self._root_run_id = self._saved_state = None
-        if self._root_run_id is None and came_from is not None:
-            self._parent, self.episode = came_from.reference, came_from.metadata.finished_episodes
-            self._root_run_id = came_from.metadata.root_run_id or came_from.metadata.run_id
-        self._resumption = None
-        # Of a model that was trained further since, the checkpoint says nothing any more.
-        if came_from is not None and is_another and came_from.metadata.num_timesteps == self.model.num_timesteps:
-            self._resumption = Resumption(self.model, came_from, self._resume_state, self._overrides)
-        return False
+        if is_another or self.model.num_timesteps == 0:
+            # A model of its own, be it the first or a further one in a loop over seeds.
+            self._lineage.take_up(self.model, self._resume_state, self._overrides)
+            self.episode, self._saved_state = self._lineage.episode, None
+        else:
+            self._lineage.go_on()
+
+    def _open(self) -> LiveRun:
+        """Begin the run: from here on it is recorded."""
+        self.agent_id = self.agent_id or f"{algorithm_name(type(self.model)).rpartition(':')[2].lower()}_agent"
+        given = self._given_config
+        if given is None:
+            given = describe_model(self.model, total_timesteps=self.model._total_timesteps)
+        self._config = plain(given)
+        record = first_record(
+            self.model,
+            self._lineage,
+            agent_id=self.agent_id,
+            name=self.run_name,
+            config=self._config,
+            overrides=self._overrides,
+            heartbeat_seconds=self._options.heartbeat_seconds,
+        )
+        return open_run(
+            record,
+            self._lineage,
+            self._checkpoint_dir,
+            self._mirrors,
+            self._options,
+            start_offline=self._start_offline,
+            fresh=self.model.num_timesteps == 0,
+            lease=lease_of(self.model),
+            check=self._signals.stop,
+        )
 
     @property
     def _moments(self) -> Snapshots:
@@ -324,37 +346,45 @@ class EpisodeCheckpointCallback(BaseCallback):
         return self._snapshots
 
     def _running(self) -> LiveRun:
+        if self._interruption is not None:
+            # Somebody's `except:` was in the way when it was raised.
+            raise self._interruption
         if self._live is None:
             raise RuntimeError("The callback is called outside of learn()")
         return self._live
 
     def _count(self, ended: int) -> None:
-        if ended == 0:
-            return
         before, self.episode = self.episode, self.episode + ended
-        due = self._interval.due(before, self.episode)
+        due = self._interval.due(before, self.episode) if ended else None
         if due is not None:
             # Several that fall due before the next safe point are one checkpoint, as several in one step are.
             self._due = due
-
-    def _ended_by_monitor(self) -> int:
-        """Return how many episodes ended since the last call, for ARS, which shows callbacks no `dones`."""
-        infos = self.model.ep_info_buffer
-        identity, seen = self._monitored
-        count = len(infos) if infos is not None else 0
-        self._monitored = (id(infos), count)
-        return count - seen if id(infos) == identity else count
 
     def _state(self) -> tuple[int, int, int]:
         return self.episode, self.model.num_timesteps, int(getattr(self.model, "_n_updates", 0))
 
     def _take(self, point: SafePoint | None) -> None:
-        live = self._running()
-        due, self._due = self._due, None
-        if due is not None:
-            self._save(due, "interval", point)
-        if self._signals.received is not None:
-            self._stop_for_signal(live, self._signals.received, point)
+        with self._signals.hold():
+            live = self._running()
+            due, self._due = self._due, None
+            if due is not None:
+                self._save(due, "interval", point)
+            if self._signals.received is not None:
+                self._stop_for_signal(live, self._signals.received, point)
+
+    def _save_here(self, frame: FrameType | None) -> None:
+        if self._live is not None and not is_writing(frame):
+            self._moments.take_here()
+
+    def _end_beside(self, seconds: float) -> str:
+        live = self._live or self._ending
+        if live is None:
+            for mirror in self._mirrors:
+                mirror.cancel("interrupted")
+            return "Nothing was trained"
+        live.report(num_timesteps=self.num_timesteps, episode=self.episode)
+        live.end_beside("interrupted", seconds)
+        return f"The last checkpoint is {live.latest}" if live.latest is not None else "No checkpoint was saved"
 
     def _save(self, episode: int, trigger: str, point: SafePoint | None = None) -> None:
         assert self.agent_id is not None and self.run_id is not None
@@ -368,9 +398,9 @@ class EpisodeCheckpointCallback(BaseCallback):
                 finished_episodes=self.episode,
                 config=self._config,
                 trigger=trigger,
-                parent=self._parent,
-                root_run_id=self._root_run_id,
-                attributes=self._resumption.held_attributes if self._resumption is not None else None,
+                parent=self._lineage.parent,
+                root_run_id=self._lineage.root_run_id,
+                attributes=self._lineage.resumption.held_attributes if self._lineage.resumption is not None else None,
                 exact=snapshot.exact,
                 not_exact=snapshot.not_exact,
                 replay=snapshot.replay,
@@ -397,7 +427,11 @@ class EpisodeCheckpointCallback(BaseCallback):
         self._check_writer(live)
         checkpoint = live.latest
         self._finish("interrupted")
-        raise TrainingInterrupted(signum, checkpoint)
+        self._leave(signum, checkpoint)
+
+    def _leave(self, signum: int, checkpoint: Path | None) -> NoReturn:
+        self._interruption = TrainingInterrupted(signum, checkpoint)
+        raise self._interruption
 
     def _add_point(self, live: LiveRun) -> None:
         point = self._curve.point(self.model, self.episode)
@@ -413,55 +447,25 @@ class EpisodeCheckpointCallback(BaseCallback):
         live, self._live = self._live, None
         if live is None:
             return
+        self._ending = live
         self._moments.close()
         self._add_point(live)
         if self._curve in self.logger.output_formats:
             self.logger.output_formats.remove(self._curve)
-        if self._resumption is not None:
-            self._resumption.close()
+        if self._lineage.resumption is not None:
+            self._lineage.resumption.close()
         try:
             signalled = self._signals.received
-            self.behind = live.finish(status, error, hurry=lambda: self._signals.received != signalled)
+            self.behind = live.finish(
+                status,
+                error,
+                hurry=lambda: self._signals.received != signalled or self._signals.no_time_for_copies,
+            )
         finally:
+            self._ending = None
             self._latest_of_ended = live.latest
             if live.latest is not None and live.latest_metadata is not None:
                 # Another callback that trains this model goes on from here.
                 note_origin(self.model, str(live.latest.absolute()), live.latest_metadata)
             self._exit.remove()
             self._signals.remove()
-
-    def _new_record(self) -> dict[str, Any]:
-        given = self._given_config
-        if given is None:
-            given = describe_model(self.model, total_timesteps=self.model._total_timesteps)
-        self._config = plain(given)
-        assert self.agent_id is not None
-        record = new_record(
-            run_id=self.run_id or "",
-            agent_id=self.agent_id,
-            name=self.run_name,
-            algo=algorithm_name(type(self.model)),
-            env_id=self._config.get("env_id"),
-            config=self._config,
-            total_timesteps=self._config.get("total_timesteps") or self.model._total_timesteps,
-            parent=self._parent.model_dump() if self._parent is not None else None,
-            root_run_id=self._root_run_id,
-            heartbeat_seconds=self._options.heartbeat_seconds,
-            environment=environment(),
-        )
-        record["overrides"] = self._overrides
-        return record
-
-    def _open_mirrors(self, record: Mapping[str, Any]) -> str:
-        names = []
-        for mirror in self._mirrors:
-            try:
-                names.append(mirror.open(record))
-            except MirrorUnavailableError as error:
-                if not self._start_offline:
-                    # Not chained: a client's own message may quote the address with its password.
-                    raise MirrorUnavailableError(
-                        error.name, error.uri, error.cause, _START_OFFLINE, refused=error.refused
-                    ) from None
-                logger.warning("%s", error)
-        return self.run_id or next((name for name in names if name), None) or uuid.uuid4().hex

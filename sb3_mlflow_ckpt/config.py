@@ -199,6 +199,13 @@ class TrainingConfig(BaseModel):
         description="How long the end of a run waits for a mirror that is behind",
         json_schema_extra=_PER_LAUNCH,
     )
+    grace_seconds: Number = Field(
+        30.0,
+        gt=0,
+        le=86_400,
+        description="The longest time from a signal (SIGTERM, Ctrl-C, SIGUSR1) to the end of the process",
+        json_schema_extra=_PER_LAUNCH,
+    )
     max_unmirrored_checkpoints: Integer = Field(
         50,
         ge=1,

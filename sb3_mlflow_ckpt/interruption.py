@@ -1,4 +1,13 @@
-"""Owns how a process learns that it must end: signals become a flag, an unhandled error reaches its listener."""
+"""Owns how a process learns that it must end, and how long it may take: signals, and errors that nobody handles.
+
+| of the grace period | what happens |
+|---|---|
+| first half | the training comes to a moment at which everything can be saved |
+| then | it is saved from wherever the main thread stands |
+| up to 0.8 | the mirrors catch up, for a third of the grace period at most |
+| from 0.85 | the main thread does not come back: a thread records the end |
+| 0.95 | the process is ended |
+"""
 
 from __future__ import annotations
 
@@ -7,58 +16,185 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from sb3_mlflow_ckpt.errors import TrainingInterrupted
+from sb3_mlflow_ckpt.leaving import leave, wait_if_leaving
+from sb3_mlflow_ckpt.signal_watch import SIGNALS, watch
+
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+DEFAULT_GRACE_SECONDS = 30.0
+"""Kubernetes' own terminationGracePeriodSeconds, too."""
+EXIT_CODES = {signum: 128 + signum for signum in SIGNALS}
+_PATIENCE, _COPIED, _STUCK, _END = 0.5, 0.8, 0.85, 0.95
+_NUDGE_SECONDS = 0.05
+# `mlflow run` sends SIGINT and SIGTERM for one Ctrl-C: only a later one is somebody's wish to hurry.
+_SAME_SECONDS = 1.0
+
+
+class CommandGuard:
+    """Ends the command line's process on a signal, at once, while no training is under way in it.
+
+    It is first told of signals before anything slow is imported.
+    """
+
+    def __init__(self) -> None:
+        self._trained_through = False
+
+    def install(self) -> None:
+        """Begin to listen."""
+        watch.add(self)
+
+    def heard(self, signum: int) -> None:
+        """End the process, unless a training takes care of the signal."""
+        line = f"Interrupted by {signal.Signals(signum).name}: no training was under way"
+        leave(EXIT_CODES[signum], line, unless=self._trains)
+
+    def interrupt(self, signum: int, frame: FrameType | None) -> None:
+        """Do nothing: it is done."""
+
+    def _trains(self) -> bool:
+        # A training that was told has saved and is on its way out, within its own time.
+        self._trained_through = self._trained_through or len(watch.listeners) > 1
+        return self._trained_through
+
+
+def _commanded() -> bool:
+    """Return whether this process is the command line's."""
+    return any(isinstance(listener, CommandGuard) for listener in watch.listeners)
 
 
 class SignalGuard:
-    """Turns the first SIGTERM or SIGINT into a flag; further ones change nothing.
+    """Turns a signal into a flag while a training runs, and sees to it that the process ends within its grace period.
 
-    A handler must not save: it may run in the middle of an update. Whoever trains looks at `received` at a safe
-    point. `mlflow run` can deliver SIGINT and then SIGTERM for one Ctrl-C, so a second signal is harmless.
+    Saving must not begin anywhere: whoever trains looks at `received` at a safe point. Where none comes within half
+    of the grace period, `overdue` is called in the main thread, wherever that stands but within `hold`. Where that
+    does not end the training either, `stuck` is called in another thread, and the process ends.
 
     Args:
+        grace_seconds: The longest time from the first signal to the end of the process.
+        overdue: Saves and raises, unless the frame that it is given is no place for that; then it is called again.
+        stuck: Records the end, given the time that is left in seconds; returns the line that is printed.
         enabled: Whether `install` does anything.
 
     Attributes:
-        received: The signal's number, or None.
+        received: The first signal's number, or None.
     """
 
-    def __init__(self, *, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        grace_seconds: float,
+        overdue: Callable[[FrameType | None], None],
+        stuck: Callable[[float], str],
+        *,
+        enabled: bool = True,
+    ) -> None:
         self.received: int | None = None
+        self._grace = grace_seconds
+        self._overdue = overdue
+        self._stuck = stuck
         self._enabled = enabled
-        self._before: dict[int, Any] = {}
+        self._since = 0.0
+        self._held = 0
+        self._hurried = self._nudged = False
+        self._lock = threading.RLock()
+        self._ended = threading.Event()
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the time to wait for a safe point is over."""
+        return self.received is not None and (self._hurried or self._share() >= _PATIENCE)
+
+    def stop(self, checkpoint: Path | None = None) -> None:
+        """Raise `TrainingInterrupted` where a signal came."""
+        if self.received is not None:
+            raise TrainingInterrupted(self.received, checkpoint)
+
+    @property
+    def no_time_for_copies(self) -> bool:
+        """Whether waiting for mirrors must end."""
+        return self.received is not None and (self._hurried or self._share() >= _COPIED)
 
     def install(self) -> None:
         """Take the signals over."""
-        self.received = None
-        if not self._enabled or self._before:
-            return
-        if threading.current_thread() is not threading.main_thread():
-            logger.warning("Training outside the main thread: SIGTERM and SIGINT are not taken over")
-            return
-        for signum in SIGNALS:
-            self._before[signum] = signal.signal(signum, self._handle)
+        self.received, self._hurried, self._nudged = None, False, False
+        self._ended = threading.Event()
+        if self._enabled and not watch.add(self):
+            logger.warning("Training outside the main thread: signals are not taken over")
+        wait_if_leaving()
 
     def remove(self) -> None:
-        """Give the signals back."""
-        for signum, handler in self._before.items():
-            # None is a handler that was not set from Python; it cannot be put back.
-            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
-        self._before.clear()
+        """Give the signals back: the run has ended."""
+        self._ended.set()
+        watch.discard(self)
+        if self.received is not None and _commanded():
+            # It is on its way out, with the exit code of the first signal.
+            watch.ignore()
 
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received = signum
-        before = self._before.get(signum)
-        if callable(before) and isinstance(getattr(before, "__self__", None), SignalGuard):
-            # Another training in this process, or a second callback of this one, must hear of it too.
-            before(signum, frame)
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Let nothing be interrupted within the block."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+
+    def heard(self, signum: int) -> None:
+        """Take note of a signal; the first one starts the clock."""
+        with self._lock:
+            if self.received is not None:
+                return
+            self.received, self._since = signum, time.monotonic()
+            threading.Thread(target=self._count_down, args=(self._ended,), name="grace", daemon=True).start()
+
+    def interrupt(self, signum: int, frame: FrameType | None) -> None:
+        """Hurry on a second signal; save from where training stands when it is time."""
+        nudged, self._nudged = self._nudged, False
+        if not nudged and time.monotonic() - self._since > _SAME_SECONDS:
+            self._hurried = True
+        if self.overdue and self._held == 0 and not self._ended.is_set():
+            self._overdue(frame)
+
+    def _share(self) -> float:
+        return (time.monotonic() - self._since) / self._grace
+
+    def _count_down(self, ended: threading.Event) -> None:
+        assert self.received is not None
+        while not ended.wait(_NUDGE_SECONDS) and self._share() < _STUCK:
+            if self.overdue:
+                self._nudged = True
+                signal.pthread_kill(threading.main_thread().ident or 0, self.received)
+        if ended.is_set():
+            # A script goes on as it likes; the command line has nothing left to do but to end.
+            if _commanded():
+                time.sleep(max(0.0, self._left(_END)))
+                leave(EXIT_CODES[self.received])
+        elif not hasattr(sys, "ps1"):
+            # A notebook is not ended: it holds more than this training.
+            self._end_process(self.received)
+
+    def _end_process(self, signum: int) -> None:
+        said: list[str] = []
+
+        def record() -> None:
+            said.append(self._stuck(self._left(_END)))
+
+        # In a thread: a disk that hangs must not keep the process from ending.
+        thread = threading.Thread(target=record, name="stuck", daemon=True)
+        thread.start()
+        thread.join(max(0.0, self._left(_END)))
+        name = signal.Signals(signum).name
+        leave(EXIT_CODES[signum], " ".join([f"Interrupted by {name}; training did not stop in time.", *said]))
+
+    def _left(self, share: float) -> float:
+        return (share - self._share()) * self._grace
 
 
 class ExitGuard:

@@ -26,15 +26,16 @@ from sb3_mlflow_ckpt.policies import MirrorBacklog, Retention
 from sb3_mlflow_ckpt.pruning import NOT_MIRRORED, PINNED, evict, saved_checkpoints
 from sb3_mlflow_ckpt.replay_sweep import ChunkSweeper
 from sb3_mlflow_ckpt.replication import Mirror, Replicator, close_all
-from sb3_mlflow_ckpt.runs.document import redact_all
+from sb3_mlflow_ckpt.runs.document import TERMINAL_STATUSES, redact_all
 from sb3_mlflow_ckpt.writer import BackgroundWriter
 
 logger = logging.getLogger(__name__)
 
 # An hour of a disk that takes nothing.
 _MOST_UNWRITTEN_POINTS = 3600
-_SYNC_SECONDS_AFTER_SIGNAL = 10.0
 _LAST_ROUND_SECONDS = 1.0
+# Of the grace period: what the mirrors may take.
+_COPYING = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,14 @@ class RunOptions:
         backlog: How many may wait for a mirror.
         heartbeat_seconds: How often the record says that the run lives.
         sync_timeout_seconds: How long the end waits for a mirror that is behind.
+        grace_seconds: How long an end that a signal asks for may take.
     """
 
     retention: Retention = field(default_factory=Retention)
     backlog: MirrorBacklog = field(default_factory=MirrorBacklog)
     heartbeat_seconds: float = 10.0
     sync_timeout_seconds: float = 60.0
+    grace_seconds: float = 30.0
 
 
 class LiveRun:
@@ -183,13 +186,28 @@ class LiveRun:
             self._release_parent()
         return behind
 
+    def end_beside(self, status: str, seconds: float) -> None:
+        """Record the end from a thread beside the training's, which does not come back; the process is to end.
+
+        Args:
+            status: How it ended, unless an end is recorded already.
+            seconds: How long it may take; a checkpoint that is being written may take longer.
+        """
+        deadline = time.monotonic() + seconds
+        self._ended.set()
+        if self._journal.record.get("status") not in TERMINAL_STATUSES:
+            self._record_end(status, None)
+        self._writer.drain()
+        if not self._taken_over:
+            close_all(self._replicators, max(0.0, deadline - time.monotonic()))
+
     def _storing(self, stores_checkpoints: bool) -> list[Replicator]:
         return [r for r in self._replicators if r.mirror.stores_checkpoints == stores_checkpoints]
 
     def _sync_timeout(self, status: str) -> float:
         timeout = self._options.sync_timeout_seconds
-        # Whoever sends a signal kills soon after it: Kubernetes after 30 s, SLURM by its own setting.
-        return min(timeout, _SYNC_SECONDS_AFTER_SIGNAL) if status == "interrupted" else timeout
+        # Whoever sends a signal kills soon after it.
+        return min(timeout, _COPYING * self._options.grace_seconds) if status == "interrupted" else timeout
 
     def _record_end(self, status: str, error: BaseException | None) -> None:
         with self._tolerating("The end of the run was not recorded"):

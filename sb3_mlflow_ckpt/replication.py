@@ -21,6 +21,7 @@ _FIRST_RETRY_SECONDS = 0.5
 _LONGEST_RETRY_SECONDS = 15.0
 _POLL_SECONDS = 0.2
 _SILENT_SECONDS = 2.0
+_TELL_SECONDS = 1.0
 
 
 class Mirror(Protocol):
@@ -53,8 +54,16 @@ class Mirror(Protocol):
         """Send everything that the journal has and the mirror has not. Idempotent; raises on an outage."""
         ...
 
-    def cancel(self) -> None:
-        """Take back what `open` made: the training does not start. Must not raise."""
+    def tell_end(self, record: Mapping[str, Any]) -> None:
+        """Tell how a run ended while an earlier request still hangs; what else is missing is sent by a sync."""
+        ...
+
+    def cancel(self, status: str) -> None:
+        """Take back what `open` made: the training does not start. Must not raise.
+
+        Args:
+            status: Why: `failed` or `interrupted`.
+        """
         ...
 
     def close(self) -> None:
@@ -114,9 +123,24 @@ class Replicator:
                 told = True
         if self._done.is_set():
             self.mirror.close()
+        else:
+            self._tell_end()
         # A request may hang beyond this; when it returns, the thread must not write to a journal that is closed.
         self._abandoned.set()
         return self._done.is_set()
+
+    def _tell_end(self) -> None:
+        """Have the mirror told how the run ended: an upload that hangs must not leave it running there for ever."""
+
+        def tell() -> None:
+            try:
+                self.mirror.tell_end(self._journal.record)
+            except Exception as error:
+                logger.debug("%s was not told of the end", self.mirror.name, exc_info=error)
+
+        thread = threading.Thread(target=tell, name=f"end-{self.mirror.name}", daemon=True)
+        thread.start()
+        thread.join(_TELL_SECONDS)
 
     def _run(self) -> None:
         pause = _FIRST_RETRY_SECONDS

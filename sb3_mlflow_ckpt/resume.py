@@ -18,6 +18,7 @@ from sb3_mlflow_ckpt.errors import (
 )
 from sb3_mlflow_ckpt.layout import RunFolder, model_path
 from sb3_mlflow_ckpt.leases import Lease, lease_checkpoint
+from sb3_mlflow_ckpt.leaving import remove_when_leaving
 from sb3_mlflow_ckpt.loading import read_source
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata
 from sb3_mlflow_ckpt.verification import verify_checkpoint
@@ -147,5 +148,6 @@ def _from_mlflow(uri: str, tracking_uri: str | None) -> ResumeSource:
     from sb3_mlflow_ckpt.mirrors.artifacts import download_checkpoint
 
     folder = tempfile.TemporaryDirectory(prefix="sb3_mlflow_ckpt-")
+    remove_when_leaving(Path(folder.name))
     download = download_checkpoint(uri, Path(folder.name), tracking_uri)
     return ResumeSource(download.path, download.uri, verify_checkpoint(download.path), None, folder)

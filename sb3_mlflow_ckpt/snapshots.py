@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Whoever sends a signal kills some seconds later: Kubernetes after 30 s.
-_PATIENCE_SECONDS = 5.0
 _MID_STEP = "it was saved in the middle of a step"
+_MID_UPDATE = "it was saved in the middle of an update"
 _AFFORDABLE_BUFFER = 2 * 2**30
 
 SaveReplayBuffer = Literal["auto", "always", "never"]
@@ -67,8 +65,7 @@ class Snapshots:
         self._mode = mode
         self._take = take
         self._watch = SafePointWatch(model, take)
-        self._mid_step = False
-        self._urgent_since: float | None = None
+        self._mid_step = self._updating = False
         self._replay = ReplayRecorder(model)
         self._replay_left_out = self._why_left_out(save_replay_buffer)
 
@@ -88,28 +85,29 @@ class Snapshots:
         Args:
             wanted: Whether a checkpoint is to be taken at this moment.
         """
-        self._mid_step = False
+        self._mid_step = self._updating = False
         if wanted:
             self._watch.arm()
         self._watch.rollout_start()
 
     def rollout_end(self) -> None:
         """Tell that a rollout ends."""
-        self._mid_step = False
+        self._mid_step, self._updating = False, True
         self._watch.rollout_end()
 
-    def take_soon(self, *, urgent: bool) -> None:
+    def take_soon(self, *, overdue: bool) -> None:
         """Have a checkpoint taken at the next safe point; at once where the algorithm has none.
 
         Args:
-            urgent: Whether to wait for it some seconds only.
+            overdue: Whether there is no time to wait for it.
         """
-        if urgent and self._urgent_since is None:
-            self._urgent_since = time.monotonic()
-        overdue = self._urgent_since is not None and time.monotonic() - self._urgent_since > _PATIENCE_SECONDS
         if overdue or not self._watch.arm():
-            self._watch.disarm()
-            self._take(None)
+            self.take_here()
+
+    def take_here(self) -> None:
+        """Have a checkpoint taken from where training stands."""
+        self._watch.disarm()
+        self._take(None)
 
     def training_end(self) -> SafePoint | None:
         """Return what kind of moment the end of training is: a callback ends it in the middle of a step."""
@@ -120,7 +118,8 @@ class Snapshots:
         """Return what a checkpoint that is taken now holds beyond weights and counters."""
         if self._mode == "weights":
             return Snapshot(None, None, None)
-        exact, not_exact = (None, _MID_STEP) if point is None else self._capture_exact(point)
+        middle = _MID_UPDATE if self._updating else _MID_STEP
+        exact, not_exact = (None, middle) if point is None else self._capture_exact(point)
         replay = None if self._replay_left_out else self._replay.capture()
         if exact is not None and exact.reason is None and self._replay_left_out:
             exact = replace(exact, reason=self._replay_left_out)

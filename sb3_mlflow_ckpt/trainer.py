@@ -5,15 +5,18 @@ Importing it imports no torch, so that `--help` answers at once.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from sb3_mlflow_ckpt import launch
+from sb3_mlflow_ckpt import launch
+from sb3_mlflow_ckpt.interruption import CommandGuard
 
-    # Before anything else: what is on the command line is seen by everybody.
+if __name__ == "__main__":
+    # Before anything slow is imported: what is on the command line is seen by everybody, and a signal may come.
     launch.conceal()
+    CommandGuard().install()
 
 import contextlib
 import logging
 import secrets
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +30,7 @@ from sb3_mlflow_ckpt.algorithms import (
     default_learning_rate,
 )
 from sb3_mlflow_ckpt.config import TrainingConfig, differences
-from sb3_mlflow_ckpt.environments import make_env
+from sb3_mlflow_ckpt.environments import close_env, make_env
 from sb3_mlflow_ckpt.errors import (
     CheckpointSaveError,
     ConfigError,
@@ -177,9 +180,9 @@ def train(config: TrainingConfig, *, reporter: Reporter | None = None) -> Traini
         return _learn(resolved, model, reporter)
     finally:
         _release(resolved)
-        # A worker that a signal ended cannot be closed any more; the training's own error is what counts.
+        # A worker that was killed cannot be closed any more; the training's own error is what counts.
         with contextlib.suppress(OSError, EOFError):
-            env.close()
+            close_env(env, in_a_step=isinstance(sys.exc_info()[1], TrainingInterrupted))
 
 
 def _learn(resolved: ResolvedTraining, model: BaseAlgorithm, reporter: Reporter | None) -> TrainingResult:
@@ -219,6 +222,7 @@ def _learn(resolved: ResolvedTraining, model: BaseAlgorithm, reporter: Reporter 
         save_replay_buffer=config.save_replay_buffer,
         heartbeat_seconds=config.heartbeat_seconds,
         sync_timeout_seconds=config.sync_timeout_seconds,
+        grace_seconds=config.grace_seconds,
         max_unmirrored_checkpoints=config.max_unmirrored_checkpoints,
     )
     callbacks: list[BaseCallback] = [checkpoints]

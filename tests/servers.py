@@ -90,6 +90,11 @@ class SilentServer:
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
 
+    @property
+    def accepted(self) -> bool:
+        """Whether anybody has connected."""
+        return bool(self._accepted)
+
     def close(self) -> None:
         """Refuse connections from now on; the same again does nothing."""
         if self._socket.fileno() < 0:

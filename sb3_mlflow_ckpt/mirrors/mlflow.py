@@ -174,12 +174,22 @@ class MLflowMirror:
             *([f"the status is set to {status}"] if status else []),
         ]
 
-    def cancel(self) -> None:
-        """End a run that `open` made as failed: nothing will be trained under it."""
+    def tell_end(self, record: Mapping[str, Any]) -> None:
+        """End the MLflow run, beside a request that hangs."""
+        from mlflow import MlflowClient
+
+        status, run = str(record["status"]), self._target.run
+        if run is not None and self._target.owned and status in TERMINAL_STATUSES:
+            client = MlflowClient(tracking_uri=self._target.uri)
+            end = naming.milliseconds(record.get("ended_at"))
+            client.set_terminated(run.info.run_id, _STATUS[status], end_time=end)
+
+    def cancel(self, status: str) -> None:
+        """End a run that `open` made: nothing will be trained under it."""
         if self._target.created and self._target.run is not None:
             try:
                 with quick_requests():
-                    self._target.client.set_terminated(self._target.run.info.run_id, "FAILED")
+                    self._target.client.set_terminated(self._target.run.info.run_id, _STATUS[status])
             except Exception as error:
                 logger.debug("MLflow was not told that the run will not train", exc_info=error)
         self._forget()

@@ -154,7 +154,10 @@ class MongoMirror:
             lines += run.make_same(METRICS, points, ("time", "num_timesteps"), "learning curve")
         return lines
 
-    def cancel(self) -> None:
+    def tell_end(self, record: Mapping[str, Any]) -> None:
+        """Do nothing: the record is what is sent first."""
+
+    def cancel(self, status: str) -> None:
         """Close the connections: `open` made nothing that must go."""
         self.close()
 

@@ -13,8 +13,10 @@ behind, and the step would be lost. The moments after it:
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from stable_baselines3.common.buffers import BaseBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 SafePoint = Literal["mid_rollout", "rollout_start", "population", "training_end"]
 
+_WRITING_MODULES = ("torch.optim", "stable_baselines3.common.running_mean_std")
+_WRITING_FUNCTIONS = frozenset({"polyak_update", "_store_transition"})
 _KNOWN_PACKAGES = ("stable_baselines3", "sb3_contrib")
 
 
@@ -118,6 +122,23 @@ def kind_of(model: BaseAlgorithm) -> Literal["on-policy", "off-policy", "populat
     if type(model).collect_rollouts.__module__.partition(".")[0] not in _KNOWN_PACKAGES:
         return None
     return "on-policy" if isinstance(model, OnPolicyAlgorithm) else "off-policy"
+
+
+def is_writing(frame: FrameType | None) -> bool:
+    """Return whether a thread that stands at a frame has changed a part of what belongs together.
+
+    So a model that is captured in the middle of an update is captured between two steps of its optimizers, and no
+    transition, no target network and no running mean is captured half-written.
+    """
+    while frame is not None:
+        module, function = str(frame.f_globals.get("__name__")), frame.f_code.co_name
+        if module.startswith(_WRITING_MODULES) or function in _WRITING_FUNCTIONS:
+            return True
+        # Buffers of anybody's own, too.
+        if function == "add" and isinstance(frame.f_locals.get("self"), BaseBuffer):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _before_call(target: Any, name: str, action: Callable[[], None]) -> Callable[[], None]:

@@ -1,6 +1,7 @@
 """What is installed, and what the checks run."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,12 +51,14 @@ def test_type_information_is_shipped() -> None:
     assert "py.typed" in project()["tool"]["setuptools"]["package-data"]["sb3_mlflow_ckpt"]
 
 
-def test_the_console_script_is_the_command() -> None:
-    from sb3_mlflow_ckpt import cli
-
+def test_the_console_script_is_what_python_m_runs() -> None:
     module, _, name = project()["project"]["scripts"]["sb3-mlflow-ckpt"].partition(":")
-    assert module == cli.__name__
-    assert getattr(cli, name) is cli.main
+    assert module == "sb3_mlflow_ckpt.__main__"
+    called = [sys.executable, "-c", f"from {module} import {name}; {name}()", "--help"]
+    run = [sys.executable, "-m", "sb3_mlflow_ckpt", "--help"]
+    shown = [subprocess.run(words, capture_output=True, text=True, check=True).stdout for words in (called, run)]
+    assert [text.partition("\n")[2] for text in shown] == [shown[0].partition("\n")[2]] * 2
+    assert "train" in shown[0]
 
 
 @pytest.mark.parametrize("file", ["README.md", ".ci/run"])

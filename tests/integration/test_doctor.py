@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,7 @@ def test_damage_lost_runs_and_what_mlflow_lacks_are_named_with_their_commands(tm
     journal = start_run(tmp_path, "run", mirrors=["MLflow"])
     journal.add_saved(commit(journal.folder, 1))
     journal.update(heartbeat_at="2020-01-01T00:00:00.000Z")
+    os.utime(journal.folder.record, (0, 0))
     journal.close()
     metadata_path(journal.folder.model(2)).write_text("{")
     before = {path.name: path.read_bytes() for path in journal.folder.path.iterdir()}
@@ -78,7 +80,7 @@ def test_a_disk_that_is_too_small_for_what_is_kept_fails(tmp_path: Path) -> None
     metadata = commit(journal.folder, 1)
     journal.close()
     huge = metadata.to_json()
-    huge["files"][0]["bytes"] = 10**18
+    huge["files"][0]["bytes"] = 10**17
     journal.folder.metadata(1).write_text(json.dumps(huge))
     assert "need" in next(finding.what for finding in doctor.folder(tmp_path) if finding.status == "FAIL")
 

@@ -70,8 +70,9 @@ class Launcher:
         """Start a project; the output goes to `mlflow-run.log`."""
         with self.log.open("a") as log:
             return subprocess.Popen(
-                _command(project, (), parameters), cwd=self.cwd, env=self.env, stdout=log, stderr=log, text=True
-            )
+                _command(project, (), parameters),
+                cwd=self.cwd, env=self.env, stdout=log, stderr=log, text=True, start_new_session=True,
+            )  # fmt: skip
 
 
 def _command(project: object, options: tuple[str, ...], parameters: dict[str, object]) -> list[str]:
@@ -333,11 +334,31 @@ def test_a_trainer_that_is_terminated_saves_and_is_no_success(own: Launcher) -> 
     assert run.data.tags[LATEST_TAG] == f"checkpoints/{newest.name}"
 
 
-def test_a_trainer_whose_mlflow_run_is_killed_goes_on_and_ends_well(own: Launcher) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_mlflow_run_and_its_trainer_saves_and_both_say_so(own: Launcher, signum: signal.Signals) -> None:
+    """Ctrl-C reaches both: MLflow then tells the trainer once more, with SIGTERM."""
+    process, leash = _training(own)
+    leash.release()
+    os.killpg(process.pid, signum)
+    assert process.wait(60) != 0, own.log.read_text()
+    # `mlflow run` may be gone first.
+    wait_for(lambda: _record(own)["status"] != "running", "the end of the trainer")
+    record = _record(own)
+    assert (record["status"], record["error"]) == ("interrupted", None)
+    newest = verify_checkpoint(list_checkpoints(own.cwd / "checkpoints")[-1])
+    assert newest.num_timesteps == record["progress"]["num_timesteps"]
+    assert newest.resume_state["exact"] is True
+    wait_for(lambda: own.client.get_run(record["run_id"]).info.status in ("KILLED", "FAILED"), "the end in MLflow")
+    tags = own.client.get_run(record["run_id"]).data.tags
+    assert tags["sb3_mlflow_ckpt.status"] == "interrupted"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_a_trainer_whose_mlflow_run_is_ended_goes_on_and_ends_well(own: Launcher, signum: signal.Signals) -> None:
     process, leash = _training(own, total_timesteps=200)
     pid = _record(own)["pid"]
     try:
-        process.kill()
+        process.send_signal(signum)
         process.wait(30)
         [run_id] = own.runs()
         assert own.client.get_run(run_id).info.status == "RUNNING"
