@@ -240,6 +240,8 @@ class RunJournal:
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         self._claim = FolderClaim(folder)
+        # Nobody else writes here now: what lies about half-written is a dead writer's.
+        sweep(folder)
         self._timeline = Timeline()
         self._lock = threading.RLock()
         self._closed = False
@@ -443,11 +445,10 @@ def _last_points(path: Path) -> list[tuple[int, Any]]:
 
 
 def sweep_dead_writers(folder: RunFolder) -> None:
-    """Remove what dead writers left half-written in this run's folder and in its agent's other runs'.
+    """Remove what dead writers left half-written in the folders of an agent's other runs, if nobody holds their lock.
 
-    The caller holds this folder's lock. Another one is swept only if nobody holds its lock.
+    Opening a journal does so in its own folder.
     """
-    sweep(folder)
     for other in _subfolders(folder.path.parent):
         if other == folder.path or not temporaries(other):
             continue

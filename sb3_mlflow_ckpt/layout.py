@@ -151,6 +151,11 @@ class RunFolder:
         """Return where a file is set aside; the number tells those of one name apart."""
         return self.set_aside / (f"{name}.{number}" if number else name)
 
+    @property
+    def adopted(self) -> Path:
+        """What metadata that a repair makes for a zip is called while it is written."""
+        return self.path / "adopted.json"
+
     def chunk(self, name: str) -> Path:
         """Return the path of a replay chunk.
 

@@ -310,7 +310,6 @@ def _start(folder: RunFolder, record: Mapping[str, Any], *, fresh: bool) -> RunJ
         try:
             if fresh and committed_episodes(folder):
                 raise RunFolderTakenError(folder.path)
-            # Before any thread of this run writes: what lies about half-written is a dead writer's.
             sweep_dead_writers(folder)
             journal.start(record)
         except BaseException:

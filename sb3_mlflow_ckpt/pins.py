@@ -6,10 +6,12 @@ A live run holds its folder's lock, and sees the pin of another process when it 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sb3_mlflow_ckpt.atomic import fsync_dir
-from sb3_mlflow_ckpt.errors import CheckpointNotFoundError
+from sb3_mlflow_ckpt.errors import CheckpointNotFoundError, CheckpointSaveError
 from sb3_mlflow_ckpt.layout import RunFolder, marker_episode, metadata_path, model_path, pin_path
 from sb3_mlflow_ckpt.leases import lease_checkpoint
 
@@ -24,18 +26,17 @@ def pin_checkpoint(path: str | Path) -> Path:
 
     Raises:
         CheckpointNotFoundError: There is no such committed checkpoint.
+        CheckpointSaveError: The folder cannot be written to.
     """
     zip_path = model_path(Path(path))
     # With it nobody removes the checkpoint between the look and the marker.
     lease = lease_checkpoint(zip_path)
     try:
         _check_committed(zip_path, path)
-        try:
+        with suppress(FileExistsError), _writing(pin_path(zip_path)):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
             os.close(os.open(pin_path(zip_path), flags, 0o666))
-        except FileExistsError:
-            return zip_path
-        fsync_dir(zip_path.parent)
+            fsync_dir(zip_path.parent)
         _check_committed(zip_path, path)
     finally:
         if lease is not None:
@@ -51,14 +52,26 @@ def unpin_checkpoint(path: str | Path) -> Path:
 
     Raises:
         CheckpointNotFoundError: There is neither such a checkpoint nor its pin.
+        CheckpointSaveError: The folder cannot be written to.
     """
     zip_path = model_path(Path(path))
     if not os.path.lexists(pin_path(zip_path)):
         _check_committed(zip_path, path)
         return zip_path
-    pin_path(zip_path).unlink(missing_ok=True)
-    fsync_dir(zip_path.parent)
+    with _writing(pin_path(zip_path)):
+        pin_path(zip_path).unlink(missing_ok=True)
+        fsync_dir(zip_path.parent)
     return zip_path
+
+
+@contextmanager
+def _writing(marker: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileExistsError):
+            raise
+        raise CheckpointSaveError(marker, error, "Check that the run's folder is a writable folder") from error
 
 
 def is_pinned(path: Path) -> bool:

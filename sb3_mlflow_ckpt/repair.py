@@ -160,7 +160,10 @@ class _Repairer:
         def adopt() -> None:
             if metadata_file.exists():
                 self._move_aside([metadata_file])
-            atomic.write_bytes(metadata_file, atomic.dump_json(metadata.to_json()))
+            # Not under the temporary name of metadata, which says that its zip is nobody's.
+            with atomic.staged(self._folder.adopted) as (file, temporary):
+                file.write(atomic.dump_json(metadata.to_json()))
+            atomic.commit(temporary, metadata_file)
 
         yield self._do(defect, "taken up: its metadata is written from what the zip holds", adopt)
 

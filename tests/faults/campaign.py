@@ -11,16 +11,20 @@ from __future__ import annotations
 import argparse
 import errno
 import itertools
+import json
 import os
 import random
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,20 +78,29 @@ class Campaign:
         self._random = random.Random(seed)
         self._count = itertools.count()
         self.workloads = WORKLOADS
-        self._prepared: dict[str, Path] = {}
+        self._prepared: dict[str, tuple[Path, list[dict[str, Any]]]] = {}
         self._undisturbed: dict[str, tuple[list[str], float, list[Any]]] = {}
 
     def points(self, protocol: str) -> list[str]:
         """Return the names of the calls that an undisturbed process makes, in order."""
         return self._measured(protocol)[0]
 
-    def kill_each(self, protocol: str, actions: tuple[str, ...] = ("before", "after", "tear"), every: int = 1) -> Row:
-        """Kill the process once at every call, or at every so many with an offset that is drawn."""
-        row = Row(protocol, "SIGKILL at each call" if every == 1 else "SIGKILL at a named point")
-        names = self.points(protocol)
-        for at in range(1 + self._random.randrange(every), len(names) + 1, every):
-            action = self._random.choice(actions)
-            self._trial(row, protocol, injector.Fault(action, at), names[at - 1])
+    def kill_each(self, protocol: str, stride: int | None = None) -> Row:
+        """Kill the process at its named points, one after the other: before the call, after it, or in its middle.
+
+        Calls of one name in a row, such as the writes of a file, are one point; which of them it is, is drawn.
+
+        Args:
+            protocol: What it does.
+            stride: At how many of them: 1 is each, 4 is every fourth with an offset that is drawn.
+        """
+        row = Row(protocol, "SIGKILL at a named point")
+        stride = stride or self.workloads[protocol].stride
+        calls = itertools.groupby(enumerate(self.points(protocol), start=1), key=lambda call: call[1])
+        points = [(name, [at for at, _ in group]) for name, group in calls]
+        for name, at in points[self._random.randrange(stride) :: stride]:
+            action = self._random.choice(("before", "after", "tear"))
+            self._trial(row, protocol, injector.Fault(action, self._random.choice(at)), name)
         return row
 
     def kill_at_random(self, protocol: str, times: int) -> Row:
@@ -116,13 +129,13 @@ class Campaign:
             import zygote
             from checks import examine, settled
 
-            workload, cwd, context = self.workloads[protocol], *self._place(protocol)
+            workload, cwd, context, before = self.workloads[protocol], *self._place(protocol)
             trace = cwd.with_suffix(".trace")
             ended = zygote.run(
                 lambda report: workload.run(report, context), cwd, injector.Fault(), trace=trace, ports=self._ports(),
                 links=workload.links,
             )  # fmt: skip
-            looked = zygote.run(lambda report: examine(report, workload, ended.reports), cwd)
+            looked = zygote.run(lambda report: examine(report, workload, before + ended.reports), cwd)
             after = zygote.run(lambda report: settled(report, workload), cwd)
             problems = [*ended.told("failure"), *looked.told("lost"), *after.told("lost")]
             if ended.code or looked.code or after.code or problems:
@@ -136,9 +149,8 @@ class Campaign:
         import zygote
         from checks import examine, mirrors, sane_error, settled
 
-        names, _, final = self._measured(protocol)
-        del names
-        workload, cwd, context = self.workloads[protocol], *self._place(protocol)
+        final = self._measured(protocol)[2]
+        workload, cwd, context, before = self.workloads[protocol], *self._place(protocol)
         fails = fault is not None and fault.action in ("fail", "fail-on", "short")
         if fails and self._random.random() < 0.5:
             context = type(context)(**{**vars(context), "goes_on": True})
@@ -154,7 +166,7 @@ class Campaign:
         problems: list[str] = []
         if fails:
             problems += [wrong for wrong in [sane_error(ended.reports)] if wrong]
-        looked = zygote.run(lambda report: examine(report, workload, ended.reports), cwd)
+        looked = zygote.run(lambda report: examine(report, workload, before + ended.reports), cwd)
         gone_on = zygote.run(lambda report: workload.run(report, context), cwd)
         if workload.mirrored:
             from workloads import sync
@@ -166,7 +178,8 @@ class Campaign:
         for what, process in (("looking", looked), ("going on", gone_on), ("looking again", after)):
             if process.code:
                 problems.append(f"{what} ended with {process.code}: {process.told('message')}")
-        if final != after.told("final") and "training" not in protocol and not problems:
+        # A run that was resumed from in another one stays as the fault left it.
+        if final[-1:] != after.told("final")[-1:] and "training" not in protocol and not problems:
             problems.append(f"the next process left {after.told('final')}, an undisturbed one {final}")
         if "training" in protocol and not gone_on.told("trained"):
             problems.append("the training did not come to its end")
@@ -188,8 +201,8 @@ class Campaign:
             cwd.with_suffix(".output").unlink(missing_ok=True)
         return True
 
-    def _place(self, protocol: str) -> tuple[Path, Any]:
-        """Return a folder for a trial with what lies there before, and where its mirrors are."""
+    def _place(self, protocol: str) -> tuple[Path, Any, list[dict[str, Any]]]:
+        """Return a folder for a trial, where its mirrors are, and what was told of what lies there before."""
         import zygote
         from workloads import EXPERIMENT, Context
 
@@ -198,6 +211,7 @@ class Campaign:
         context = Context(database=database)
         if workload.mirrored:
             context = Context(self._services["mlflow"], self._services.get("mongo", ""), database)
+        before: list[dict[str, Any]] = []
         if workload.prepare is None:
             cwd.mkdir()
         else:
@@ -206,8 +220,9 @@ class Campaign:
                 ready.mkdir()
                 ended = zygote.run(lambda report: workload.prepare(report, context), ready)  # type: ignore[misc]
                 assert ended.code == 0, ready.with_suffix(".output").read_text()
-                self._prepared[protocol] = ready
-            shutil.copytree(self._prepared[protocol], cwd)
+                self._prepared[protocol] = ready, ended.reports
+            ready, before = self._prepared[protocol]
+            shutil.copytree(ready, cwd)
         if workload.mirrored:
 
             def make(report: Any) -> None:
@@ -216,18 +231,22 @@ class Campaign:
                 MlflowClient(context.mlflow).create_experiment(EXPERIMENT + database)
 
             assert zygote.run(make, cwd).code == 0
-        return cwd, context
+        return cwd, context, before
 
     def _ports(self) -> str:
         addresses = {name: uri.rpartition(":")[2].partition("/")[0] for name, uri in self._services.items()}
         return ",".join(f"{name}={port}" for name, port in addresses.items() if port.isdigit())
 
 
-def services(folder: Path) -> Iterator[dict[str, str]]:
-    """Yield the addresses of an MLflow server and a MongoDB-compatible one that live as long as it is used."""
+@contextmanager
+def services(folder: Path, *, wanted: bool) -> Iterator[dict[str, str]]:
+    """Start an MLflow server and a MongoDB-compatible one, and stop them afterwards; give their addresses."""
     from mlflow_server import MlflowServer
     from servers import MongoServer
 
+    if not wanted:
+        yield {}
+        return
     tracking, mongo = MlflowServer(folder / "mlflow"), MongoServer(folder / "mongo")
     addresses = {}
     try:
@@ -248,53 +267,104 @@ def table(rows: list[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def run_protocol(protocol: str, kills: int, errors: int, seed: int) -> list[Row]:
+    """Put faults into one protocol.
+
+    Args:
+        protocol: Its name.
+        kills: How many processes are killed at instants that a clock chooses, beside those at its named points.
+        errors: How many calls to the disk fail.
+        seed: What the faults follow from.
+    """
+    from workloads import WORKLOADS
+
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    rows: list[Row] = []
+    with services(folder / "services", wanted=WORKLOADS[protocol].mirrored) as addresses:
+        campaign = Campaign(folder, addresses, seed)
+        # A training's calls are those of the protocols that it is made of, in an order that differs by its speed.
+        whole = "training" in protocol
+        if not whole:
+            rows.append(campaign.kill_each(protocol))
+        rows.append(campaign.kill_at_random(protocol, kills))
+        if errors and not whole:
+            rows.append(campaign.fail(protocol, errors))
+    if not any(row.lost for row in rows):
+        shutil.rmtree(folder, ignore_errors=True)
+    return rows
+
+
+def points() -> dict[str, list[str]]:
+    """Return the named points of each protocol whose calls are always the same, as an undisturbed process meets them."""
+    from workloads import WORKLOADS
+
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    with services(folder / "services", wanted=True) as addresses:
+        campaign = Campaign(folder, addresses, 0)
+        found = {name: sorted(set(campaign.points(name))) for name in WORKLOADS if "training" not in name}
+    shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def _in_processes(options: argparse.Namespace, protocols: list[str]) -> list[Row]:
+    """Run each protocol in a process of its own, several at a time."""
+    failing = [name for name in protocols if "training" not in name]
+
+    def run_one(protocol: str) -> list[Row]:
+        words = ["--only", protocol, "--seed", str(options.seed), "--kills", str(-(-options.kills // len(protocols)))]
+        words += ["--errors", str(-(-options.errors // len(failing)) if protocol in failing else 0), "--json"]
+        done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=False)
+        *told, last = done.stdout.splitlines() or [""]
+        for line in told:
+            print(line, flush=True)
+        if not last.startswith("["):
+            return [Row(protocol, f"ended with {done.returncode}: {last}", lost=["all"])]
+        rows = [Row(**{**row, "points": Counter(row["points"])}) for row in json.loads(last)]
+        for row in rows:
+            print(f"{row.protocol}: {row.fault}: {row.times} times, {len(row.lost)} losses", flush=True)
+        return rows
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        return [row for rows in pool.map(run_one, protocols) for row in rows]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a campaign and print its table; return 1 where something was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=1000, help="How many processes are killed")
-    parser.add_argument("--errors", type=int, default=500, help="How many calls to the disk fail")
+    parser.add_argument("--kills", type=int, default=1000, help="Processes that are killed at random instants")
+    parser.add_argument("--errors", type=int, default=500, help="Calls to the disk that fail")
     parser.add_argument("--seed", type=int, default=0, help="What the faults follow from")
-    parser.add_argument("--only", default="", help="Only protocols whose name holds this text")
-    parser.add_argument("--every", type=int, default=1, help="Kill at every so many named points")
-    parser.add_argument("--points", action="store_true", help="Print the named points and end")
-    parser.add_argument("--keep", action="store_true", help="Leave the folders where something was lost")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="Protocols at a time")
+    parser.add_argument("--only", help="One protocol, by its name")
+    parser.add_argument("--json", action="store_true", help="Print the rows as JSON")
+    parser.add_argument("--points", action="store_true", help="Print the named points")
     options = parser.parse_args(arguments)
     if not injector.preloaded():
         environment = {**os.environ, injector.PRELOAD: str(injector.library())}
         os.execve(sys.executable, [sys.executable, __file__, *sys.argv[1:]], environment)
+    if options.points:
+        print(json.dumps(points(), indent=2))
+        return 0
     started = time.monotonic()
-    folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    rows: list[Row] = []
-    for addresses in services(folder / "services"):
-        campaign = Campaign(folder, addresses, options.seed)
-        protocols = [name for name in campaign.workloads if options.only in name]
-        if options.points:
-            for name in protocols:
-                counted = Counter(campaign.points(name))
-                print(f"{name}: " + ", ".join(f"{point} x{times}" for point, times in counted.items()))
-            return 0
-        for name in protocols:
-            if "training" not in name:
-                rows.append(_told(campaign.kill_each(name, every=options.every)))
-        left = max(0, options.kills - sum(row.times for row in rows))
-        for name in protocols:
-            rows.append(_told(campaign.kill_at_random(name, -(-left // len(protocols)))))
-        failing = [name for name in protocols if "training" not in name]
-        for name in failing if options.errors else []:
-            rows.append(_told(campaign.fail(name, -(-options.errors // len(failing)))))
+    if options.only:
+        rows = run_protocol(options.only, options.kills, options.errors, options.seed)
+    else:
+        from workloads import WORKLOADS
+
+        rows = _in_processes(options, [*WORKLOADS])
+    if options.json:
+        print(json.dumps([vars(row) for row in rows]))
+        return 0
     print(table(rows))
     lost = sum(len(row.lost) for row in rows)
-    kills = sum(row.times for row in rows if row.fault.startswith("SIGKILL"))
-    errors = sum(row.times for row in rows) - kills
-    print(f"{kills} kills, {errors} errors, {lost} losses, {time.monotonic() - started:.0f} s, seed {options.seed}")
-    if not lost and not options.keep:
-        shutil.rmtree(folder, ignore_errors=True)
+    at_random = sum(row.times for row in rows if row.fault == "SIGKILL at a random instant")
+    at_points = sum(row.times for row in rows if row.fault == "SIGKILL at a named point")
+    errors = sum(row.times for row in rows) - at_random - at_points
+    print(
+        f"{at_random} kills at random instants, {at_points} at named points, {errors} errors of the disk, "
+        f"{lost} losses, {time.monotonic() - started:.0f} s, seed {options.seed}"
+    )
     return 1 if lost else 0
-
-
-def _told(row: Row) -> Row:
-    print(f"{row.protocol}: {row.fault}: {row.times} times, {row.hit} ended by it, {len(row.lost)} losses", flush=True)
-    return row
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from zygote import Report
 
 from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, list_checkpoints, verify_checkpoint
 from sb3_mlflow_ckpt.errors import CheckpointError
-from sb3_mlflow_ckpt.layout import TEMPORARY_PREFIX, RunFolder
+from sb3_mlflow_ckpt.layout import TEMPORARY_PREFIX, RunFolder, model_episode
 from sb3_mlflow_ckpt.runs.folder import FolderRuns, read_curve
 
 
@@ -29,6 +29,7 @@ def examine(report: Report, workload: Workload, before: list[dict[str, Any]]) ->
     held = restored_digest(newest) if newest is not None else None
     report(recovered=time.monotonic() - started)
 
+    damaged = {episode for episodes in _told(before, "damaged") for episode in episodes}
     contents = defaultdict(set)
     for facts in _told(before, "saving"):
         contents[facts["run"], facts["episode"]].add((facts["steps"], facts["digest"]))
@@ -37,16 +38,18 @@ def examine(report: Report, workload: Workload, before: list[dict[str, Any]]) ->
         try:
             metadata = verify_checkpoint(path)
         except CheckpointError as error:
-            report(lost=f"a checkpoint is shown that is not whole: {error}")
+            if model_episode(path.name) not in damaged:
+                report(lost=f"a checkpoint is shown that is not whole: {error}")
             continue
         found = held if path == newest else restored_digest(path)
         known = contents[metadata.run_id, metadata.episode]
         if known and (metadata.num_timesteps, found) not in known:
             report(lost=f"{path} holds something that was never saved")
         shown.add((metadata.run_id, metadata.episode, metadata.num_timesteps))
-    for lost in _missing(_told(before, "saved"), _told(before, "saving"), shown, workload.kept):
-        report(lost=lost)
-    _examine_records(report, before)
+    if not damaged:
+        for lost in _missing(_told(before, "saved"), _told(before, "saving"), shown, workload.kept):
+            report(lost=lost)
+        _examine_records(report, before)
 
 
 def _missing(
@@ -97,7 +100,7 @@ def settled(report: Report, workload: Workload) -> None:
         paths = list_checkpoints(CHECKPOINTS, run_id=folder.name)
         needed = {entry.name for path in paths for entry in verify_checkpoint(path).files[1:]}
         there = {f"replay/{path.name}" for path in run.replay.iterdir()} if run.replay.is_dir() else set()
-        if needed != there:
+        if needed != there and not run.set_aside.exists():
             report(lost=f"{folder.name} needs the chunks {sorted(needed)}, and has {sorted(there)}")
         named = {path.stem for path in paths}
         zips = {path.stem for path in folder.glob("ep*.zip")}
@@ -105,7 +108,7 @@ def settled(report: Report, workload: Workload) -> None:
             report(lost=f"{folder.name} shows {sorted(named)}, and holds {sorted(zips)}")
         document = FolderRuns(CHECKPOINTS).get(folder.name)
         on_disk = {entry["episode"] for entry in document["checkpoint_paths"] if entry["on_disk"]}
-        report(final=[folder.name[-1] if not workload.mirrored else "a", sorted(on_disk)], status=document["status"])
+        report(final=[folder.name[-1] if not workload.mirrored else "a", sorted(on_disk), document["status"]])
 
 
 def mirrors(report: Report, context: Context) -> None:
@@ -163,6 +166,6 @@ def sane_error(reports: list[dict[str, Any]]) -> str | None:
         names, message = told.get("error") or told.get("failure"), told.get("message", "")
         if names and "CheckpointSaveError" not in names:
             return f"{names[0]} reached the training: {message}"
-        if names and not any(word in message for word in ("writable folder", "Clean up", "clean up")):
+        if names and not any(word in message for word in ("writable folder", "clean up", "system's log", "ulimit -n")):
             return f"no remedy is named: {message}"
     return None

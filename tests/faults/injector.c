@@ -94,6 +94,8 @@ static const char *role(const char *path, int folder) {
     if (ends(base, "metrics.jsonl")) return "curve";
     if (ends(base, "checkpoints.jsonl")) return "ledger";
     if (!strcmp(base, ".lock")) return "lock";
+    if (ends(base, ".pin")) return "pin";
+    if (ends(base, ".lease")) return "lease";
     if (strstr(base, ".db")) return "database";
     return "other";
 }
@@ -141,6 +143,9 @@ static enum action met_path(const char *operation, int dir, const char *path, in
     }
     size_t length = strlen(root);
     if (strncmp(whole, root, length) || (whole[length] && whole[length] != '/')) return NONE;
+    const char *base = strrchr(whole, '/');
+    /* A checkpoint is withdrawn by giving its metadata a temporary name. */
+    if (!strcmp(operation, "rename") && base && !strncmp(base + 1, ".tmp-", 5)) operation = "withdraw";
     snprintf(what, sizeof what, "%s:%s", operation, role(whole, folder));
     return met(what);
 }

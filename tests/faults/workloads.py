@@ -21,11 +21,21 @@ from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from zygote import Report
 
-from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, prune_checkpoints, run_folders, verify_checkpoint
+from sb3_mlflow_ckpt.checkpoints import (
+    latest_checkpoint,
+    pin_checkpoint,
+    prune_checkpoints,
+    run_folders,
+    unpin_checkpoint,
+    verify_checkpoint,
+)
 from sb3_mlflow_ckpt.commit import capture_checkpoint
-from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.layout import TEMPORARY_PREFIX, RunFolder
 from sb3_mlflow_ckpt.live_run import LiveRun, RunOptions
 from sb3_mlflow_ckpt.policies import Retention
+from sb3_mlflow_ckpt.provenance import hostname
+from sb3_mlflow_ckpt.reap import reap_runs
+from sb3_mlflow_ckpt.repair import repair_runs
 from sb3_mlflow_ckpt.replication import Mirror
 from sb3_mlflow_ckpt.runs.document import new_record
 from sb3_mlflow_ckpt.state.replay.buffer import ReplayRecorder, restore_replay
@@ -73,6 +83,7 @@ class Workload:
         kept: How many checkpoints of a run are kept; 0 for all.
         mirrored: Whether `sync` must complete MLflow and MongoDB afterwards.
         links: Whether the file system has hard links.
+        stride: At how many of its named points it dies: 1 is each, 4 is every fourth.
     """
 
     run: Callable[[Report, Context], None]
@@ -80,6 +91,7 @@ class Workload:
     kept: int = KEPT
     mirrored: bool = False
     links: bool = True
+    stride: int = 1
 
 
 def digest(model: BaseAlgorithm) -> str:
@@ -157,6 +169,51 @@ def prune(report: Report, context: Context) -> None:
     prune_checkpoints(CHECKPOINTS, keep_last_n=KEPT)
 
 
+def pin(report: Report, context: Context) -> None:
+    """Pin two old checkpoints, prune, take one pin back, prune again."""
+    folder = RunFolder(CHECKPOINTS, AGENT, f"{context.ids}a")
+    for episode in (2, 4):
+        if folder.metadata(episode).exists():
+            pin_checkpoint(folder.model(episode))
+    prune_checkpoints(CHECKPOINTS, keep_last_n=KEPT)
+    if folder.metadata(4).exists():
+        unpin_checkpoint(folder.model(4))
+    prune_checkpoints(CHECKPOINTS, keep_last_n=KEPT)
+
+
+def damaged(report: Report, context: Context) -> None:
+    """Leave six checkpoints with replay buffers, one without metadata, one with a flipped byte, and no record."""
+    many(report, context)
+    folder = RunFolder(CHECKPOINTS, AGENT, f"{context.ids}a")
+    folder.metadata(3).unlink()
+    content = bytearray(folder.model(2).read_bytes())
+    content[len(content) // 2] ^= 1
+    folder.model(2).write_bytes(content)
+    folder.record.unlink()
+    with folder.events.open("ab") as ledger:
+        ledger.write(b'{"event": "sav')
+    (folder.path / f"{TEMPORARY_PREFIX}1-0-run.json").write_bytes(b"{")
+    report(damaged=[2])
+
+
+def repair(report: Report, context: Context) -> None:
+    """Bring run folders in order, as the command does."""
+    for found in repair_runs(run_folders(CHECKPOINTS)):
+        report(repaired=found.defect)
+
+
+def left_running(report: Report, context: Context) -> None:
+    """Die in the middle of a run."""
+    live = _live(context, "a", fresh=False, mirrors=())
+    for episode in (1, 2):
+        _save(live, _PPO, episode, episode, report, context)
+
+
+def reap(report: Report, context: Context) -> None:
+    """Settle the runs whose process is dead, as the command does."""
+    reap_runs(CHECKPOINTS)
+
+
 def sync(report: Report, context: Context) -> None:
     """Send what the mirrors miss, as the command does."""
     _in_experiment(context)
@@ -208,8 +265,11 @@ WORKLOADS: dict[str, Workload] = {
     "replay chunks, resume by hard link": Workload(chunks),
     "replay chunks, resume by copy": Workload(chunks, links=False),
     "checkpoints prune": Workload(prune, prepare=many),
-    "mirror to MLflow and MongoDB": Workload(commits, mirrored=True),
-    "checkpoints sync": Workload(sync, prepare=many, kept=0, mirrored=True),
+    "checkpoints pin, unpin": Workload(pin, prepare=many),
+    "checkpoints repair": Workload(repair, prepare=damaged, kept=0),
+    "runs reap": Workload(reap, prepare=left_running),
+    "mirrors to MLflow and MongoDB": Workload(commits, mirrored=True, stride=4),
+    "checkpoints sync": Workload(sync, prepare=many, kept=0, mirrored=True, stride=4),
     "training of a PPO": Workload(train_ppo, kept=3),
     "training of a DQN": Workload(train_dqn, kept=3),
 }
@@ -223,7 +283,7 @@ def _live(
     run_id = f"{context.ids}{name}"
     record = new_record(
         run_id="" if wanted else run_id, agent_id=AGENT, name=None, algo="ppo", env_id=None, config={},
-        total_timesteps=9, parent=None, root_run_id=None, heartbeat_seconds=3600, environment={},
+        total_timesteps=9, parent=None, root_run_id=None, heartbeat_seconds=3600, environment={"host": hostname()},
     )  # fmt: skip
     for mirror in wanted:
         run_id = mirror.open(record) or run_id
