@@ -1,14 +1,15 @@
-"""SECURITY.md names a test for every promise, and the tests are there."""
+"""SECURITY.md and docs/reliability.md name a test for every promise, and the tests are there."""
 
 import ast
 import re
 from pathlib import Path
 
+import pytest
 from targets import TARGETS
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "SECURITY.md").read_text()
-NAMED = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", TEXT)
+RELIABILITY = (ROOT / "docs" / "reliability.md").read_text()
 
 
 def _functions(file: str) -> set[str]:
@@ -16,13 +17,17 @@ def _functions(file: str) -> set[str]:
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def test_every_test_that_is_named_exists() -> None:
-    assert len(NAMED) >= 15
-    assert [f"{file}::{name}" for file, name in NAMED if name not in _functions(file)] == []
+@pytest.mark.parametrize("text", [TEXT, RELIABILITY], ids=["security", "reliability"])
+def test_every_test_that_is_named_exists(text: str) -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    assert len(named) >= 15
+    assert [f"{file}::{name}" for file, name in named if name not in _functions(file)] == []
 
 
-def test_every_promise_names_a_test() -> None:
-    rows = [line for line in TEXT.splitlines() if line.startswith("| ") and not line.startswith("| promise")]
+@pytest.mark.parametrize("text", [TEXT, RELIABILITY], ids=["security", "reliability"])
+def test_every_promise_names_a_test(text: str) -> None:
+    promises = text.partition("## What is promised")[2].partition("## How it works")[0]
+    rows = [line for line in promises.splitlines() if line.startswith("| ") and not line.startswith("| promise")]
     assert len(rows) >= 12
     assert [row for row in rows if "::test_" not in row.rsplit(" | ", 1)[-1]] == []
 
@@ -34,4 +39,5 @@ def test_the_targets_of_the_fuzzer_are_the_ones_that_are_listed() -> None:
 
 def test_it_is_linked() -> None:
     assert "](SECURITY.md)" in (ROOT / "README.md").read_text()
+    assert "](docs/reliability.md)" in (ROOT / "README.md").read_text()
     assert "](../SECURITY.md)" in (ROOT / "docs" / "safe-loading.md").read_text()

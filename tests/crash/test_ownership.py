@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from processes import DEADLINE, Leash, start_trainer, trainer, wait_for
+from injector import library
+from processes import DEADLINE, Leash, environment, start_trainer, trainer, wait_for
 
 from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, list_checkpoints, verify_checkpoint
 from sb3_mlflow_ckpt.errors import RunFolderBusyError
@@ -28,11 +29,11 @@ _FLAGS = (
 class Training:
     """A trainer that takes the steps that a test allows."""
 
-    def __init__(self, cwd: Path, *flags: object) -> None:
+    def __init__(self, cwd: Path, *flags: object, env: Mapping[str, str] | None = None) -> None:
         self.leash = Leash(cwd, 60)
         self.folder = RunFolder(cwd / "checkpoints", "ppo_agent", "run")
         self.log = cwd / "trainer.log"
-        self.process = start_trainer(*_FLAGS, "--env-wrappers", self.leash.wrapper, *flags, cwd=cwd)
+        self.process = start_trainer(*_FLAGS, "--env-wrappers", self.leash.wrapper, *flags, cwd=cwd, env=env)
         self.wait_for(lambda: self.committed == [10], "the first checkpoint")
 
     @property
@@ -138,6 +139,27 @@ def test_the_newest_checkpoint_is_the_last_one_although_the_clock_was_put_back(t
         assert verify_checkpoint(path).timestamp > "2099"
     steps = [point["num_timesteps"] for point in read_curve(folder)]
     assert steps == sorted(steps)
+
+
+@pytest.mark.parametrize("seconds", [-7200, 7200], ids=["back", "forward"])
+def test_a_clock_that_jumps_in_mid_run_loses_nothing_and_no_order(tmp_path: Path, seconds: int) -> None:
+    clock = tmp_path / "clock"
+    clock.write_text("0")
+    training = Training(tmp_path, env=environment(LD_PRELOAD=str(library()), FAULTS_CLOCK=str(clock)))
+    clock.write_text(str(seconds))
+    training.leash.allow(160)
+    training.wait_for(lambda: training.committed == [10, 20, 30], "the third checkpoint")
+    # Judged by the file system's clock as well: it lives, whatever its own clock says.
+    assert FolderRuns(training.folder.checkpoint_dir).get("run")["status"] == "running"
+    clock.write_text("0")
+    assert training.end() == 0, training.log.read_text()
+    paths = list_checkpoints(training.folder.checkpoint_dir)
+    times = [verify_checkpoint(path).timestamp for path in paths]
+    assert times == sorted(set(times))
+    assert latest_checkpoint(training.folder.checkpoint_dir) == paths[-1]
+    points = [(point["time"], point["num_timesteps"]) for point in read_curve(training.folder)]
+    assert points == sorted(set(points))
+    assert [steps for _, steps in points] == sorted(steps for _, steps in points)
 
 
 def _take(training: Training) -> RunJournal:

@@ -85,19 +85,19 @@ class Campaign:
         """Return the names of the calls that an undisturbed process makes, in order."""
         return self._measured(protocol)[0]
 
-    def kill_each(self, protocol: str, stride: int | None = None) -> Row:
+    def kill_each(self, protocol: str, at_most: int | None = None) -> Row:
         """Kill the process at its named points, one after the other: before the call, after it, or in its middle.
 
         Calls of one name in a row, such as the writes of a file, are one point; which of them it is, is drawn.
 
         Args:
             protocol: What it does.
-            stride: At how many of them: 1 is each, 4 is every fourth with an offset that is drawn.
+            at_most: At how many of them, at equal distances from an offset that is drawn.
         """
         row = Row(protocol, "SIGKILL at a named point")
-        stride = stride or self.workloads[protocol].stride
         calls = itertools.groupby(enumerate(self.points(protocol), start=1), key=lambda call: call[1])
         points = [(name, [at for at, _ in group]) for name, group in calls]
+        stride = max(self.workloads[protocol].stride, -(-len(points) // (at_most or len(points))))
         for name, at in points[self._random.randrange(stride) :: stride]:
             action = self._random.choice(("before", "after", "tear"))
             self._trial(row, protocol, injector.Fault(action, self._random.choice(at)), name)
@@ -267,7 +267,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def run_protocol(protocol: str, kills: int, errors: int, seed: int) -> list[Row]:
+def run_protocol(protocol: str, kills: int, errors: int, seed: int, at_most: int | None = None) -> list[Row]:
     """Put faults into one protocol.
 
     Args:
@@ -275,6 +275,7 @@ def run_protocol(protocol: str, kills: int, errors: int, seed: int) -> list[Row]
         kills: How many processes are killed at instants that a clock chooses, beside those at its named points.
         errors: How many calls to the disk fail.
         seed: What the faults follow from.
+        at_most: At how many named points.
     """
     from workloads import WORKLOADS
 
@@ -285,7 +286,7 @@ def run_protocol(protocol: str, kills: int, errors: int, seed: int) -> list[Row]
         # A training's calls are those of the protocols that it is made of, in an order that differs by its speed.
         whole = "training" in protocol
         if not whole:
-            rows.append(campaign.kill_each(protocol))
+            rows.append(campaign.kill_each(protocol, at_most))
         rows.append(campaign.kill_at_random(protocol, kills))
         if errors and not whole:
             rows.append(campaign.fail(protocol, errors))
@@ -337,6 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="Protocols at a time")
     parser.add_argument("--only", help="One protocol, by its name")
     parser.add_argument("--json", action="store_true", help="Print the rows as JSON")
+    parser.add_argument("--points-at-most", type=int, help="At how many named points of each protocol it dies")
     parser.add_argument("--points", action="store_true", help="Print the named points")
     options = parser.parse_args(arguments)
     if not injector.preloaded():
@@ -347,7 +349,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     started = time.monotonic()
     if options.only:
-        rows = run_protocol(options.only, options.kills, options.errors, options.seed)
+        rows = run_protocol(options.only, options.kills, options.errors, options.seed, options.points_at_most)
     else:
         from workloads import WORKLOADS
 

@@ -7,6 +7,7 @@
      FAULTS_TRACE   a file that gets the name of each such call, a line each
      FAULTS_NAME    only calls of this name count, e.g. "rename:zip"; empty for all
      FAULTS_AT      the number of the call that the fault comes at, from 1
+     FAULTS_CLOCK   a file that holds by how many seconds the clock is wrong
      FAULTS_ACTION  before | after (SIGKILL), tear (half of a write, then SIGKILL), short (half of a write),
                     fail (with FAULTS_ERRNO), fail-on (that one and all later ones) */
 #define _GNU_SOURCE
@@ -27,6 +28,7 @@
 #include <sys/syscall.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 enum action { NONE, BEFORE, AFTER, TEAR, SHORT, FAIL, FAIL_ON };
@@ -305,4 +307,18 @@ ssize_t sendmsg(int file, const struct msghdr *message, int flags) {
 ssize_t recv(int file, void *bytes, size_t count, int flags) {
     REAL(recv);
     WHOLE(met_socket("receive", file), real(file, bytes, count, flags));
+}
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    REAL(clock_gettime);
+    int result = real(clock, now);
+    const char *path = clock == CLOCK_REALTIME ? getenv("FAULTS_CLOCK") : NULL;
+    if (path && !result) {
+        char text[32] = "";
+        int file = (int)syscall(SYS_openat, AT_FDCWD, path, O_RDONLY | O_CLOEXEC);
+        if (file >= 0) {
+            if (syscall(SYS_read, file, text, sizeof text - 1) > 0) now->tv_sec += atol(text);
+            syscall(SYS_close, file);
+        }
+    }
+    return result;
 }
