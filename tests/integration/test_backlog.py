@@ -27,7 +27,7 @@ from fault_proxy import FaultProxy
 from journals import add_point, save
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.live_run import LiveRun, RunOptions
-from sb3_mlflow_ckpt.policies import KeepLastN, MirrorBacklog
+from sb3_mlflow_ckpt.policies import Retention, MirrorBacklog
 from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror
 from sb3_mlflow_ckpt.mirrors.mongo import MongoMirror
 from sb3_mlflow_ckpt.runs.document import new_record
@@ -44,7 +44,7 @@ run_id = [mirror.open(record) for mirror in mirrors][0]
 for mirror in mirrors:
     record |= mirror.describe()
 folder = RunFolder(Path("checkpoints"), "a", run_id)
-options = RunOptions(KeepLastN(0), MirrorBacklog(10**6), 1.0, 300.0)
+options = RunOptions(Retention(0), MirrorBacklog(10**6), 1.0, 300.0)
 live = LiveRun(folder, record | {"run_id": run_id, "root_run_id": run_id}, mirrors, options)
 journal, process = live._journal, psutil.Process()
 

@@ -359,6 +359,7 @@ def test_sync_prints_each_run_and_fails_if_one_does(monkeypatch: pytest.MonkeyPa
         "tracking_uri": None,
         "mongo_uri": "mongodb://x",
         "mongo_db": None,  # then the database that the run was sent to
+        "verify": False,
     }
 
 

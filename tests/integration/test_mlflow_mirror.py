@@ -217,7 +217,7 @@ def test_a_second_training_of_the_process_gets_a_run_of_its_own_below_the_first(
 def test_a_training_that_does_not_start_leaves_no_running_run(tmp_path: Path) -> None:
     mirror = MLflowMirror(f"sqlite:///{tmp_path}/mlflow.db")
     run_id = mirror.open({"name": None})
-    mirror.cancel()
+    mirror.cancel("failed")
     assert MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(str(run_id)).info.status == "FAILED"
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 

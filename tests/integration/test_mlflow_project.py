@@ -205,6 +205,7 @@ def test_a_checkpoint_among_the_artifacts_is_resumed_where_it_was_saved(trained:
     assert record["status"] == "completed"
     assert record["parent"] == {
         "run_id": old, "checkpoint": source["uri"], "episode": source["episode"], "sha256": source["sha256"],
+        "timestamp": source["timestamp"],
     }  # fmt: skip
     assert record["config"]["hyperparameters"] == trained.record["config"]["hyperparameters"]
     first = record["checkpoint_paths"][0]
