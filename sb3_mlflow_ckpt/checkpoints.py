@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sb3_mlflow_ckpt.commit import capture_checkpoint, commit_checkpoint
 from sb3_mlflow_ckpt.errors import CheckpointError, InvalidIdError, RunFolderBusyError
-from sb3_mlflow_ckpt.journal import committed_episodes
 from sb3_mlflow_ckpt.layout import RunFolder, check_id, id_spellings
 from sb3_mlflow_ckpt.leases import Lease, lease_checkpoint
+from sb3_mlflow_ckpt.ledger import committed_episodes
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata
 from sb3_mlflow_ckpt.origins import note_origin
 from sb3_mlflow_ckpt.ownership import FolderClaim

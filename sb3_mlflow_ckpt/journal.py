@@ -12,56 +12,31 @@ start where a crash came between (`corrections`), or with the next line where th
 from __future__ import annotations
 
 import logging
-import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from sb3_mlflow_ckpt import atomic, strict_json
+from sb3_mlflow_ckpt.dead_writers import sweep
 from sb3_mlflow_ckpt.errors import (
     CheckpointCorruptError,
     CheckpointError,
     CheckpointNotFoundError,
-    InvalidIdError,
     RunFolderBusyError,
     RunTakenOverError,
 )
-from sb3_mlflow_ckpt.layout import (
-    LARGEST_EPISODE,
-    LOCK_NAME,
-    REPLAY_FOLDER,
-    TEMPORARY_PREFIX,
-    RunFolder,
-    chunk_range,
-    entry_chunk,
-    metadata_episode,
-    temporary_target,
-)
+from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.ledger import CheckpointLedger, corrections, saved_facts
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, timestamp_now
 from sb3_mlflow_ckpt.ownership import FolderClaim
 from sb3_mlflow_ckpt.runs.document import wrong_field
 from sb3_mlflow_ckpt.timeline import Timeline
-from sb3_mlflow_ckpt.verification import read_metadata
 
 logger = logging.getLogger(__name__)
 
 # More than a point is long.
 _TAIL_BYTES = 1 << 16
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= LARGEST_EPISODE
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _are_chunks(value: Any) -> bool:
-    return isinstance(value, list) and all(chunk_range(name) is not None for name in value)
 
 
 def read_record(folder: RunFolder) -> dict[str, Any]:
@@ -87,141 +62,6 @@ def read_record(folder: RunFolder) -> dict[str, Any]:
     if wrong is not None:
         raise CheckpointCorruptError(folder.record, f"the run record is not valid at {wrong!r}")
     return record
-
-
-def committed_episodes(folder: RunFolder) -> list[int]:
-    """Return the episodes of the committed checkpoints in a run folder, ascending."""
-    try:
-        with os.scandir(folder.path) as entries:
-            names = {entry.name for entry in entries}
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    episodes = (metadata_episode(name) for name in names)
-    return sorted(e for e in episodes if e is not None and folder.model(e).name in names)
-
-
-def saved_facts(metadata: CheckpointMetadata) -> dict[str, Any]:
-    """Return what the journal keeps of a commit."""
-    model = metadata.files[0] if metadata.files else None
-    chunks = [name for entry in metadata.files if (name := entry_chunk(entry.name)) is not None]
-    return {
-        "episode": metadata.episode,
-        "num_timesteps": metadata.num_timesteps,
-        "timestamp": metadata.timestamp,
-        "bytes": model.bytes if model else None,
-        "sha256": model.sha256 if model else None,
-        "mean_reward": metadata.metrics.get("mean_reward"),
-        "trigger": metadata.trigger,
-        **({"replay": chunks} if chunks else {}),
-    }
-
-
-# What a line must hold, and what it may hold; a line with anything else in one of these was not written by us.
-_NEEDED: dict[str, Callable[[Any], bool]] = {"episode": _is_count, "event": _is_text}
-_ADMITTED: dict[str, Callable[[Any], bool]] = {
-    "num_timesteps": _is_count,
-    "bytes": _is_count,
-    "timestamp": _is_text,
-    "sha256": _is_text,
-    "trigger": _is_text,
-    "uri": _is_text,
-    "mean_reward": lambda value: type(value) in (int, float),
-    "replay": _are_chunks,
-}
-
-
-class CheckpointLedger:
-    """The state of a run's checkpoints as its `checkpoints.jsonl` tells it.
-
-    Attributes:
-        saved: The facts of each commit, by episode, in the order of the commits.
-        uris: The address of each mirrored checkpoint, by episode, in the order of the uploads.
-        retired: The episodes whose copy the mirror's retention removed; they are not sent again.
-        pruned: The episodes whose files were removed.
-    """
-
-    def __init__(self) -> None:
-        self.saved: dict[int, dict[str, Any]] = {}
-        self.uris: dict[int, str] = {}
-        self.retired: set[int] = set()
-        self.pruned: set[int] = set()
-
-    def copy(self) -> CheckpointLedger:
-        """Return a ledger of its own with the same facts."""
-        ledger = CheckpointLedger()
-        ledger.saved, ledger.uris = dict(self.saved), dict(self.uris)
-        ledger.retired, ledger.pruned = set(self.retired), set(self.pruned)
-        return ledger
-
-    def apply(self, event: Mapping[str, Any]) -> int | None:
-        """Take one line in; return its episode, or None for a line that is not understood."""
-        episode, kind = event.get("episode"), event.get("event")
-        if not all(key in event and admits(event[key]) for key, admits in _NEEDED.items()):
-            return None
-        if not all(admits(event[key]) for key, admits in _ADMITTED.items() if event.get(key) is not None):
-            return None  # What is on disk corrects it (`reconcile`).
-        assert isinstance(episode, int)
-        if kind == "saved":
-            self.saved.pop(episode, None)
-            self.saved[episode] = {key: value for key, value in event.items() if key != "event"}
-            self.pruned.discard(episode)
-            # A checkpoint that was saved again is new content: what the mirror has is the old one.
-            self.uris.pop(episode, None)
-            self.retired.discard(episode)
-        elif kind == "mirrored" and event.get("uri"):
-            if event.get("sha256") != self.saved.get(episode, {}).get("sha256"):
-                return None  # While it was sent, the episode was saved again: what the mirror has is the old one.
-            self.uris.pop(episode, None)
-            self.uris[episode] = str(event.get("uri"))
-        elif kind == "unmirrored":
-            self.uris.pop(episode, None)
-            self.retired.add(episode)
-        elif kind == "missing":
-            self.uris.pop(episode, None)
-        elif kind == "pruned":
-            self.pruned.add(episode)
-        else:
-            return None
-        return episode
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        """Yield lines that tell what this ledger holds."""
-        for saved in self.saved.values():
-            yield {"event": "saved", **saved}
-        for episode, uri in self.uris.items():
-            sha256 = self.saved.get(episode, {}).get("sha256")
-            yield {"event": "mirrored", "episode": episode, "uri": uri, "sha256": sha256}
-        for kind, episodes in (("unmirrored", self.retired), ("pruned", self.pruned)):
-            for episode in sorted(episodes):
-                yield {"event": kind, "episode": episode}
-
-    @property
-    def waiting(self) -> set[int]:
-        """The episodes that are on disk and were never mirrored."""
-        return set(self.saved) - set(self.uris) - self.pruned - self.retired
-
-
-def corrections(folder: RunFolder, ledger: CheckpointLedger) -> list[dict[str, Any]]:
-    """Return the lines that a ledger lacks to agree with its folder.
-
-    The two differ where a crash, or this moment, lies between a commit or a removal and its line.
-    """
-    saved: list[dict[str, Any]] = []
-    on_disk = committed_episodes(folder)
-    for episode in on_disk:
-        try:
-            facts = saved_facts(read_metadata(folder.model(episode)))
-        except (OSError, CheckpointError) as error:
-            logger.warning("A checkpoint is passed over: %s", error)
-            continue
-        known = ledger.saved.get(episode, {})
-        # An episode that was saved again has other content under the same name.
-        if not known or episode in ledger.pruned or facts["sha256"] != known.get("sha256"):
-            saved.append({"event": "saved", **facts})
-    # As they were committed: a run that went back to an older checkpoint has lower numbers after higher ones.
-    saved.sort(key=lambda facts: (facts["timestamp"], facts["episode"]))
-    gone = sorted(set(ledger.saved) - set(on_disk) - ledger.pruned)
-    return saved + [{"event": "pruned", "episode": episode, "time": timestamp_now()} for episode in gone]
 
 
 class RunJournal:
@@ -442,55 +282,3 @@ def _last_points(path: Path) -> list[tuple[int, Any]]:
     return [
         (point["num_timesteps"], point.get("time")) for point in points if isinstance(point.get("num_timesteps"), int)
     ]
-
-
-def sweep_dead_writers(folder: RunFolder) -> None:
-    """Remove what dead writers left half-written in the folders of an agent's other runs, if nobody holds their lock.
-
-    Opening a journal does so in its own folder.
-    """
-    for other in _subfolders(folder.path.parent):
-        if other == folder.path or not temporaries(other):
-            continue
-        try:
-            with FileLock(other / LOCK_NAME, timeout=0):
-                sweep(RunFolder.at(other))
-        except (Timeout, OSError, InvalidIdError) as error:
-            logger.debug("%s is left as it is: %s", other, error)
-
-
-def sweep(folder: RunFolder) -> None:
-    """Remove what dead writers left half-written in a run's folder, whose lock the caller holds."""
-    for path in temporaries(folder.path):
-        discard_temporary(folder, path)
-
-
-def discard_temporary(folder: RunFolder, path: Path) -> None:
-    """Remove one file that a dead writer left half-written.
-
-    Metadata under a temporary name is that of a commit or a removal that was not finished. Its zip goes first, so
-    that the next one knows it, too, if this process dies in between.
-    """
-    episode = metadata_episode(temporary_target(path.name) or "")
-    if episode is not None and not folder.metadata(episode).exists():
-        folder.model(episode).unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
-
-
-def temporaries(folder: Path) -> list[Path]:
-    """Return what writers left half-written in a run folder; of a live one it is under way."""
-    found: list[Path] = []
-    for part in (folder, folder / REPLAY_FOLDER):
-        if part.is_dir() and not part.is_symlink():
-            with os.scandir(part) as entries:
-                found += [
-                    Path(entry.path)
-                    for entry in entries
-                    if entry.name.startswith(TEMPORARY_PREFIX) and entry.is_file(follow_symlinks=False)
-                ]
-    return found
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:
-        return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from sb3_mlflow_ckpt.commit import CheckpointCapture, commit_checkpoint, save_error
+from sb3_mlflow_ckpt.dead_writers import sweep_dead_writers
 from sb3_mlflow_ckpt.errors import CheckpointError, RunFolderTakenError, RunTakenOverError, describe
-from sb3_mlflow_ckpt.journal import RunJournal, committed_episodes, sweep_dead_writers
+from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.leases import Lease, sweep_leases
+from sb3_mlflow_ckpt.ledger import committed_episodes
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, timestamp_now
 from sb3_mlflow_ckpt.pins import pinned_episodes, sweep_pins
 from sb3_mlflow_ckpt.policies import MirrorBacklog, Retention

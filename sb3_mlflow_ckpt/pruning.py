@@ -12,10 +12,12 @@ from filelock import FileLock, Timeout
 
 from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.commit import remove_checkpoint
+from sb3_mlflow_ckpt.dead_writers import sweep
 from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointNotFoundError
-from sb3_mlflow_ckpt.journal import CheckpointLedger, committed_episodes, read_record, sweep
+from sb3_mlflow_ckpt.journal import read_record
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.leases import leased_episodes, removable, sweep_leases
+from sb3_mlflow_ckpt.ledger import CheckpointLedger, committed_episodes
 from sb3_mlflow_ckpt.metadata import timestamp_now
 from sb3_mlflow_ckpt.pins import is_pinned, pinned_episodes, sweep_pins
 from sb3_mlflow_ckpt.policies import Retention, SavedCheckpoint

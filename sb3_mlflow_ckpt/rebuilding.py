@@ -6,8 +6,8 @@ from typing import Any
 
 from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.errors import CheckpointError
-from sb3_mlflow_ckpt.journal import CheckpointLedger, committed_episodes
 from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.ledger import CheckpointLedger, committed_episodes
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata
 from sb3_mlflow_ckpt.runs.document import new_record
 from sb3_mlflow_ckpt.verification import read_metadata

@@ -19,17 +19,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sb3_mlflow_ckpt import atomic
+from sb3_mlflow_ckpt.dead_writers import discard_temporary, temporaries
 from sb3_mlflow_ckpt.errors import CheckpointError, ForeignCheckpointError, MirrorUnavailableError
-from sb3_mlflow_ckpt.journal import (
-    CheckpointLedger,
-    committed_episodes,
-    discard_temporary,
-    read_record,
-    saved_facts,
-    temporaries,
-)
+from sb3_mlflow_ckpt.journal import read_record
 from sb3_mlflow_ckpt.layout import FETCH_PREFIX, RunFolder, chunk_entry, entry_chunk, metadata_episode, model_episode
 from sb3_mlflow_ckpt.leases import sweep_leases
+from sb3_mlflow_ckpt.ledger import CheckpointLedger, committed_episodes, saved_facts
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, FileEntry, timestamp_now
 from sb3_mlflow_ckpt.pins import sweep_pins
 from sb3_mlflow_ckpt.rebuilding import rebuilt_record

@@ -8,9 +8,9 @@ from contextlib import suppress
 
 from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointNotFoundError
-from sb3_mlflow_ckpt.journal import committed_episodes
 from sb3_mlflow_ckpt.layout import RunFolder, chunk_range, entry_chunk, metadata_episode
 from sb3_mlflow_ckpt.leases import leased_episodes
+from sb3_mlflow_ckpt.ledger import committed_episodes
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, parse_metadata
 from sb3_mlflow_ckpt.verification import read_metadata, replacement_of
 

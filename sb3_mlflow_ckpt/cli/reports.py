@@ -13,8 +13,8 @@ from sb3_mlflow_ckpt.errors import (
     IncompatibleCheckpointError,
     InvalidIdError,
 )
-from sb3_mlflow_ckpt.journal import committed_episodes, saved_facts
 from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.ledger import committed_episodes, saved_facts
 from sb3_mlflow_ckpt.pins import is_pinned
 from sb3_mlflow_ckpt.verification import read_metadata, verify_checkpoint
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.errors import CheckpointError
-from sb3_mlflow_ckpt.journal import CheckpointLedger, RunJournal
+from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.layout import ARTIFACT_FOLDER, REPLAY_FOLDER
+from sb3_mlflow_ckpt.ledger import CheckpointLedger
 from sb3_mlflow_ckpt.metadata import FileEntry, parse_metadata
 from sb3_mlflow_ckpt.mirrors import naming
 from sb3_mlflow_ckpt.mirrors.uploads import Uploads

@@ -12,8 +12,9 @@ from typing import Any
 
 from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.errors import CheckpointCorruptError, InvalidIdError, RunNotFoundError
-from sb3_mlflow_ckpt.journal import CheckpointLedger, corrections, read_record
+from sb3_mlflow_ckpt.journal import read_record
 from sb3_mlflow_ckpt.layout import RunFolder, check_id, id_spellings
+from sb3_mlflow_ckpt.ledger import CheckpointLedger, corrections
 from sb3_mlflow_ckpt.pins import pinned_episodes
 from sb3_mlflow_ckpt.runs.document import checkpoint_entry, last_sign_of_life
 from sb3_mlflow_ckpt.runs.reader import Document, Documents, spellings, summary

@@ -213,7 +213,7 @@ def _journal_files() -> dict[str, bytes]:
 
 
 def _metadata(content: bytes) -> None:
-    from sb3_mlflow_ckpt.journal import saved_facts
+    from sb3_mlflow_ckpt.ledger import saved_facts
     from sb3_mlflow_ckpt.metadata import parse_metadata
     from sb3_mlflow_ckpt.replay_sweep import needed_chunks
     from sb3_mlflow_ckpt.verification import read_metadata, replacement_of, verify_checkpoint

@@ -22,8 +22,8 @@ from sb3_mlflow_ckpt import atomic, load_checkpoint, save_checkpoint, strict_jso
 from sb3_mlflow_ckpt.cli.settings import file_layer, flag_layer
 from sb3_mlflow_ckpt.config import Layer, TrainingConfig, build_config
 from sb3_mlflow_ckpt.errors import CheckpointLoadError, CheckpointSaveError, ConfigError, InvalidIdError
-from sb3_mlflow_ckpt.journal import CheckpointLedger
 from sb3_mlflow_ckpt.layout import LARGEST_EPISODE, check_id
+from sb3_mlflow_ckpt.ledger import CheckpointLedger
 from sb3_mlflow_ckpt.resume import resolve_checkpoint
 from sb3_mlflow_ckpt.spaces import decode_space
 

@@ -10,8 +10,9 @@ from journals import commit, save, start_run
 from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.checkpoints import list_checkpoints
 from sb3_mlflow_ckpt.commit import remove_checkpoint
+from sb3_mlflow_ckpt.dead_writers import sweep_dead_writers
 from sb3_mlflow_ckpt.errors import RunFolderBusyError
-from sb3_mlflow_ckpt.journal import RunJournal, sweep_dead_writers
+from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.layout import RunFolder, temporary_target
 from sb3_mlflow_ckpt.runs.folder import read_ledger
 
