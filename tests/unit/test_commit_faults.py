@@ -10,7 +10,7 @@ from journals import commit, save, start_run
 from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.checkpoints import list_checkpoints
 from sb3_mlflow_ckpt.commit import remove_checkpoint
-from sb3_mlflow_ckpt.dead_writers import sweep_dead_writers
+from sb3_mlflow_ckpt.dead_writers import sweep
 from sb3_mlflow_ckpt.errors import RunFolderBusyError
 from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.layout import RunFolder, temporary_target
@@ -39,7 +39,7 @@ def test_metadata_under_a_temporary_name_takes_its_zip_along_and_no_other(tmp_pa
     folder.metadata(1).rename(atomic.temporary_sibling(folder.metadata(1)))
     atomic.temporary_sibling(folder.metadata(2)).write_bytes(folder.metadata(2).read_bytes())
     folder.metadata(3).unlink()
-    sweep_dead_writers(folder)
+    sweep(folder)
     assert sorted(path.name for path in folder.path.iterdir()) == ["ep000002.zip", "ep000002_metadata.json", "ep000003.zip"]
 
 
