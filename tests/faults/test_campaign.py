@@ -32,7 +32,7 @@ def _run(*words: object) -> str:
 
 @pytest.mark.parametrize("protocol", [name for name, workload in WORKLOADS.items() if not workload.mirrored])
 def test_nothing_is_lost(protocol: str) -> None:
-    words = ("--only", protocol, "--kills", 3, "--errors", 8, "--points-at-most", 12, "--seed", _SEED, "--json")
+    words = ("--only", protocol, "--kills", 2, "--errors", 4, "--points-at-most", 8, "--seed", _SEED, "--json")
     *told, last = _run(*words).splitlines()
     rows: list[dict[str, Any]] = json.loads(last)
     assert [row["lost"] for row in rows if row["lost"]] == [], f"seed {_SEED}: {told}"
