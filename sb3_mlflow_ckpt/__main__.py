@@ -8,6 +8,7 @@ def main() -> None:
     """Run the command line; secret words are hidden, and a signal is heard, before anything slow is imported."""
     launch.conceal()
     CommandGuard().install()
+    launch.listening()
     from sb3_mlflow_ckpt.cli import main as command_line
 
     command_line()

@@ -29,7 +29,7 @@ from sb3_mlflow_ckpt.origins import lease_of, note_origin
 from sb3_mlflow_ckpt.policies import EveryNEpisodes, MirrorBacklog, Retention
 from sb3_mlflow_ckpt.replication import Mirror
 from sb3_mlflow_ckpt.resumption import ResumeState
-from sb3_mlflow_ckpt.run_opening import Lineage, first_record, open_run
+from sb3_mlflow_ckpt.run_opening import Lineage, cancel, first_record, open_run
 from sb3_mlflow_ckpt.runs.document import plain
 from sb3_mlflow_ckpt.snapshots import SaveReplayBuffer, Snapshots
 from sb3_mlflow_ckpt.state.callbacks import CallbackStates
@@ -379,8 +379,7 @@ class EpisodeCheckpointCallback(BaseCallback):
     def _end_beside(self, seconds: float) -> str:
         live = self._live or self._ending
         if live is None:
-            for mirror in self._mirrors:
-                mirror.cancel("interrupted")
+            cancel(self._mirrors, "interrupted")
             return "Nothing was trained"
         live.report(num_timesteps=self.num_timesteps, episode=self.episode)
         live.end_beside("interrupted", seconds)

@@ -22,7 +22,7 @@ from sb3_mlflow_ckpt.checkpoints import list_checkpoints, run_folders
 from sb3_mlflow_ckpt.errors import CheckpointError, MirrorUnavailableError
 from sb3_mlflow_ckpt.journal import read_record
 from sb3_mlflow_ckpt.layout import TEMPORARY_PREFIX
-from sb3_mlflow_ckpt.reap import reap_runs
+from sb3_mlflow_ckpt.reap import reap_runs, tracking_uris
 from sb3_mlflow_ckpt.repair import repair_runs
 from sb3_mlflow_ckpt.runs.document import redact
 from sb3_mlflow_ckpt.runs.folder import read_ledger
@@ -65,14 +65,17 @@ def examine(
 
     Args:
         checkpoint_dir: The folder that holds agents' folders.
-        tracking_uri: MLflow's tracking URI; MLflow's own setting where it is None.
+        tracking_uri: MLflow's tracking URI; those of the runs, else MLflow's own setting, where it is None.
         mongo_uri: The MongoDB; not looked at where it is None.
         mongo_db: Its database.
     """
     yield from versions()
     yield from folder(Path(checkpoint_dir))
     yield from runs(Path(checkpoint_dir))
-    yield from mlflow_server(tracking_uri)
+    # Where the runs are tracked, if that is known: what the environment names may be another one.
+    addresses: list[str | None] = [tracking_uri] if tracking_uri else [*tracking_uris(checkpoint_dir)]
+    for address in addresses or [None]:
+        yield from mlflow_server(address)
     if mongo_uri is not None:
         yield from mongo_server(mongo_uri, mongo_db)
 
@@ -126,7 +129,9 @@ def _try(place: Path, checkpoint_dir: Path) -> Iterator[Finding]:
         took = time.perf_counter() - began
     drift = one.stat().st_mtime - local
     os.replace(one, other)
-    yield Finding("ok", f"{checkpoint_dir} can be written to")
+    there = checkpoint_dir.is_dir()
+    state = "can be written to" if there else "is not there yet: the first training makes it"
+    yield Finding("ok", f"{checkpoint_dir} {state}")
     slow = took > _SLOW_FSYNC_SECONDS
     remedy = "Save less often (checkpoint_interval_episodes), or use a local disk" if slow else ""
     yield Finding("warn" if slow else "ok", f"syncing a file to the disk takes {1000 * took:.1f} ms", remedy)
@@ -214,11 +219,11 @@ def mlflow_server(tracking_uri: str | None) -> Iterator[Finding]:
     import mlflow
     from mlflow import MlflowClient
 
-    from sb3_mlflow_ckpt.mirrors.patience import quick_requests, unavailable
+    from sb3_mlflow_ckpt.mirrors.patience import is_there, quick_requests, unavailable
 
     address = tracking_uri or mlflow.get_tracking_uri()
     shown = redact(address)
-    if address.startswith("sqlite:///") and not Path(address.removeprefix("sqlite:///")).exists():
+    if not is_there(address):
         yield Finding("ok", f"MLflow's {shown} is not there yet: the first training makes it")
         return
     try:

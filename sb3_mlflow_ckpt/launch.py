@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -15,6 +16,7 @@ from types import TracebackType
 from sb3_mlflow_ckpt.redaction import redact, redact_argument
 
 _MODULES = ("sb3_mlflow_ckpt.__main__", "sb3_mlflow_ckpt.trainer")
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SCRIPT = "sb3-mlflow-ckpt"
 # Where the words wait for the program that takes this one's place; nobody but the user can read it there.
 _VARIABLE = "_SB3_MLFLOW_CKPT_HIDDEN_WORDS"
@@ -37,9 +39,18 @@ def conceal() -> None:
         return
     try:
         environ = {**os.environ, _VARIABLE: json.dumps(hidden)}
+        # They wait until somebody hears them: Python's own start answers Ctrl-C with a traceback and the code 1.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         os.execve(sys.executable, [*sys.orig_argv[:own], *words], environ)
     except OSError as error:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         print(f"Credentials stay visible in the command line: {error}", file=sys.stderr)
+
+
+def listening() -> None:
+    """Let the signals come that have waited since the command was started again."""
+    if _VARIABLE in os.environ:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def arguments() -> list[str] | None:

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _LAST_THINGS_SECONDS = 2.0
@@ -22,6 +22,20 @@ _leaving = threading.Lock()
 def remove_when_leaving(folder: Path) -> None:
     """Have a temporary folder removed if the process is ended at once."""
     _folders.add(folder)
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Make a folder that is gone afterwards, also if the process is ended at once."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="sb3_mlflow_ckpt-") as name:
+        folder = Path(name)
+        _folders.add(folder)
+        try:
+            yield folder
+        finally:
+            _folders.discard(folder)
 
 
 def wait_if_leaving() -> None:
@@ -52,7 +66,7 @@ def leave(code: int, line: str = "", *, unless: Callable[[], bool] = lambda: Fal
 
 def _last_things(line: str) -> None:
     _kill_workers()
-    for folder in _folders:
+    for folder in [*_folders]:
         shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(Exception):
         sys.stdout.flush()

@@ -43,7 +43,8 @@ class Reaped:
         run_id: The run's id.
         where: Its folder, or MLflow's address.
         action: `failed` (it is settled), `would fail` (a dry run), `alive`, `fresh` (another host's, whose heartbeat
-            is not stale yet), `orphan` (an MLflow run without a folder that was left as it is), or `unreadable`.
+            is not stale yet), `orphan` (an MLflow run without a folder that was left as it is), `unreadable`, or
+            `unreachable` (an MLflow that could not be asked for orphans).
         detail: Who ran it, or why it was left.
         problem: What could not be done, a mirror that was not told for instance; None where all was.
     """
@@ -89,7 +90,7 @@ def reap_runs(
             # A journal would make good what a crash left of its files.
             reaped = _examine(folder) if dry_run else _reap(folder, tracking_uri, mongo_uri, mongo_db)
         except (RunFolderBusyError, Timeout):
-            reaped = Reaped(folder.run_id, str(folder.path), "alive", "its process holds the folder's lock")
+            reaped = Reaped(folder.run_id, str(folder.path), "alive", "a process holds the folder's lock")
         except (CheckpointError, OSError) as error:
             reaped = Reaped(folder.run_id, str(folder.path), "unreadable", "", str(error))
         if reaped is not None:
@@ -121,14 +122,23 @@ def _reap(folder: RunFolder, tracking_uri: str | None, mongo_uri: str | None, mo
         if found is None or found.action != "would fail":
             return found
         message = f"The process died without a word: {found.detail}"
-        journal.update(
-            status="failed",
-            error={"type": PROCESS_LOST, "message": message, "traceback": None},
-            ended_at=record.get("heartbeat_at") or record.get("started_at"),
-        )
+        error = {"type": PROCESS_LOST, "message": message, "traceback": None}
+        journal.update(status="failed", error=error, **_last_known(journal))
         return _tell(folder, journal, replace(found, action="failed"), tracking_uri, mongo_uri, mongo_db)
     finally:
         journal.close()
+
+
+def _last_known(journal: RunJournal) -> dict[str, Any]:
+    """Return how far a run came that died: its last checkpoint may be younger than its last heartbeat."""
+    record, saved = journal.record, journal.snapshot().saved.values()
+    progress = dict(record.get("progress") or {})
+    ended = str(record.get("heartbeat_at") or record.get("started_at"))
+    last = max(saved, key=lambda facts: facts.get("num_timesteps") or 0, default=None)
+    if last is not None and (last.get("num_timesteps") or 0) > (progress.get("num_timesteps") or 0):
+        progress |= {"num_timesteps": last["num_timesteps"], "episode": last["episode"]}
+        ended = max(ended, str(last.get("timestamp") or ""))
+    return {"ended_at": ended, "progress": progress}
 
 
 def _tell(
@@ -179,10 +189,12 @@ def reap_mlflow_orphans(
     import mlflow
     from mlflow import MlflowClient
 
-    from sb3_mlflow_ckpt.mirrors.patience import quick_requests, unavailable
+    from sb3_mlflow_ckpt.mirrors.patience import is_there, quick_requests, unavailable
 
     address = tracking_uri or mlflow.get_tracking_uri()
-    results = []
+    results: list[Reaped] = []
+    if not is_there(address):
+        return results
     try:
         with quick_requests():
             client = MlflowClient(tracking_uri=address)

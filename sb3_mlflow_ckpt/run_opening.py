@@ -145,9 +145,17 @@ def open_run(
         return LiveRun(folder, record, mirrors, options, fresh=fresh, lease=lease)
     except BaseException as error:
         # No run may be left behind in MLflow that never trains.
-        for mirror in mirrors:
-            mirror.cancel("interrupted" if isinstance(error, TrainingInterrupted) else "failed")
+        cancel(mirrors, "interrupted" if isinstance(error, TrainingInterrupted) else "failed")
         raise
+
+
+def cancel(mirrors: Sequence[Mirror], status: str) -> None:
+    """Have mirrors take back what they made for a run that never trains; what one raises hides nothing."""
+    for mirror in mirrors:
+        try:
+            mirror.cancel(status)
+        except Exception:
+            logger.exception("%s was not told that the training does not start", mirror.name)
 
 
 def _open_mirrors(record: Mapping[str, Any], mirrors: Sequence[Mirror], run_id: str | None, start_offline: bool) -> str:

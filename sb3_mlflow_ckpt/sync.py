@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from sb3_mlflow_ckpt.checkpoints import run_folders
 from sb3_mlflow_ckpt.config import TrainingConfig
-from sb3_mlflow_ckpt.errors import CheckpointError, ConfigError, RunFolderBusyError
+from sb3_mlflow_ckpt.errors import CheckpointError, ConfigError, MirrorUnavailableError, RunFolderBusyError
 from sb3_mlflow_ckpt.journal import RunJournal, read_record
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.replication import Mirror
@@ -28,16 +28,23 @@ class SyncResult:
         mirror: The mirror's name; "no mirror" where the run has none, empty where the folder could not be read.
         error: Why it did not succeed, or None.
         changes: What was sent or healed, a line each.
+        outage: Whether the mirror did not answer at all.
     """
 
     folder: Path
     mirror: str
     error: str | None
     changes: tuple[str, ...] = ()
+    outage: bool = False
 
 
 class Healing(Mirror, Protocol):
     """A mirror that can be compared with the folder, whatever the ledger says that it has."""
+
+    @property
+    def address(self) -> str:
+        """Where it is, without credentials."""
+        ...
 
     def heal(self, journal: RunJournal, *, verify: bool) -> list[str]:
         """Make the mirror what the folder says; return what was changed, a line each."""
@@ -75,16 +82,18 @@ def sync_runs(
     """
     # The oldest first: a run that is made anew in MLflow must be there before those below it.
     folders = sorted(run_folders(checkpoint_dir, run_id, agent_id), key=_started_at)
+    # What did not answer is not asked again for each of many runs.
+    down: dict[str, str] = {}
     return [
         result
         for folder in folders
         if folder.record.exists()
-        for result in _sync_folder(folder, tracking_uri, mongo_uri, mongo_db, verify)
+        for result in _sync_folder(folder, (tracking_uri, mongo_uri, mongo_db), verify, down)
     ]
 
 
 def _sync_folder(
-    folder: RunFolder, tracking_uri: str | None, mongo_uri: str | None, mongo_db: str | None, verify: bool
+    folder: RunFolder, addresses: tuple[str | None, str | None, str | None], verify: bool, down: dict[str, str]
 ) -> list[SyncResult]:
     try:
         journal = RunJournal(folder)
@@ -93,8 +102,14 @@ def _sync_folder(
     except (CheckpointError, OSError) as error:
         return [SyncResult(folder.path, "", str(error))]
     try:
-        mirrors = mirrors_of(journal.record, tracking_uri, mongo_uri, mongo_db)
-        results = [send(folder, journal, mirror, verify=verify) for mirror in mirrors]
+        results = []
+        for mirror in mirrors_of(journal.record, *addresses):
+            if mirror.address in down:
+                results.append(SyncResult(folder.path, mirror.name, down[mirror.address]))
+                continue
+            results.append(send(folder, journal, mirror, verify=verify))
+            if results[-1].outage:
+                down[mirror.address] = str(results[-1].error)
         return results or [SyncResult(folder.path, "no mirror", None)]
     except ConfigError as error:
         return [SyncResult(folder.path, "", str(error))]
@@ -114,6 +129,8 @@ def send(folder: RunFolder, journal: RunJournal, mirror: Healing, *, verify: boo
     """Send what one mirror lacks of a run, or has otherwise, and close it."""
     try:
         changes = mirror.heal(journal, verify=verify)
+    except MirrorUnavailableError as error:
+        return SyncResult(folder.path, mirror.name, str(error), outage=not error.refused)
     except Exception as error:
         # Each client raises errors of its own; one run's failure must not keep the others from being sent.
         reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0]

@@ -12,6 +12,7 @@ if __name__ == "__main__":
     # Before anything slow is imported: what is on the command line is seen by everybody, and a signal may come.
     launch.conceal()
     CommandGuard().install()
+    launch.listening()
 
 import contextlib
 import logging

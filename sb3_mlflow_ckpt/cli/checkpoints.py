@@ -19,7 +19,7 @@ from sb3_mlflow_ckpt.cli.options import (
     tracking_uri_option,
     with_options,
 )
-from sb3_mlflow_ckpt.errors import CheckpointNotFoundError
+from sb3_mlflow_ckpt.errors import CheckpointNotFoundError, RunNotFoundError
 from sb3_mlflow_ckpt.printable import printable
 
 
@@ -71,7 +71,7 @@ def verify_command(
     if paths:
         found = [checkpoint for path in paths for checkpoint in checkpoints_at(Path(path))]
     else:
-        found = list_checkpoints(_existing(checkpoint_dir), run_id=run_id, agent_id=agent_id)
+        found = list_checkpoints(_existing(checkpoint_dir, run_id, agent_id), run_id=run_id, agent_id=agent_id)
     results = [{"path": str(path), **verdict(path)} for path in found]
     if as_json:
         print_json(results)
@@ -126,7 +126,7 @@ def prune_command(
     from sb3_mlflow_ckpt.policies import Retention
     from sb3_mlflow_ckpt.pruning import prune_runs
 
-    folders = run_folders(_existing(checkpoint_dir), run_id, agent_id)
+    folders = run_folders(_existing(checkpoint_dir, run_id, agent_id), run_id, agent_id)
     pruned = prune_runs(folders, Retention(keep_last_n, keep_best_n, keep_every_n_episodes), dry_run=dry_run)
     removed = [path for pruning in pruned for path in pruning.removed]
     kept = {path: why for pruning in pruned for path, why in pruning.kept.items()}
@@ -184,7 +184,7 @@ def repair_command(
     from sb3_mlflow_ckpt.checkpoints import run_folders
     from sb3_mlflow_ckpt.repair import repair_runs
 
-    folders = [*run_folders(_existing(checkpoint_dir), run_id, agent_id)]
+    folders = [*run_folders(_existing(checkpoint_dir, run_id, agent_id), run_id, agent_id)]
     repairs = []
     for repair in repair_runs(folders, tracking_uri=tracking_uri, dry_run=dry_run):
         repairs.append(repair)
@@ -225,7 +225,7 @@ def sync_command(
     from sb3_mlflow_ckpt.sync import sync_runs
 
     results = sync_runs(
-        _existing(checkpoint_dir),
+        _existing(checkpoint_dir, run_id, agent_id),
         run_id=run_id,
         agent_id=agent_id,
         tracking_uri=tracking_uri,
@@ -246,7 +246,13 @@ def sync_command(
         ctx.exit(FAILURE_EXIT_CODE)
 
 
-def _existing(folder: str) -> str:
+def _existing(folder: str, run_id: str | None = None, agent_id: str | None = None) -> str:
+    """Return a checkpoint folder that exists, and holds the run or agent that was named: a wrong name is no success."""
     if not Path(folder).is_dir():
         raise CheckpointNotFoundError(folder, "There is no such folder; name the right one with --checkpoint-dir")
+    if run_id is not None or agent_id is not None:
+        from sb3_mlflow_ckpt.checkpoints import run_folders
+
+        if not any(True for _ in run_folders(folder, run_id, agent_id)):
+            raise RunNotFoundError(run_id or f"any of {agent_id}", folder)
     return folder

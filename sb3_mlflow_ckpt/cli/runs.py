@@ -19,6 +19,7 @@ from sb3_mlflow_ckpt.cli.options import (
     tracking_uri_option,
     with_options,
 )
+from sb3_mlflow_ckpt.errors import MirrorUnavailableError
 from sb3_mlflow_ckpt.printable import printable
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def runs_reap_command(
     A run whose process lives is left alone, and one of another host until its heartbeat is stale. Exits with 1 if
     something could not be settled or sent.
     """
-    from sb3_mlflow_ckpt.reap import reap_mlflow_orphans, reap_runs, tracking_uris
+    from sb3_mlflow_ckpt.reap import Reaped, reap_mlflow_orphans, reap_runs, tracking_uris
 
     # The option's default must not win over the database that the run was sent to.
     database = None if ctx.get_parameter_source("mongo_db") is ParameterSource.DEFAULT else mongo_db
@@ -122,7 +123,11 @@ def runs_reap_command(
         if mlflow_orphans and not addresses:
             addresses.append(None)
     for address in addresses:
-        results += reap_mlflow_orphans(address, checkpoint_dir, fail=mlflow_orphans and not dry_run)
+        try:
+            results += reap_mlflow_orphans(address, checkpoint_dir, fail=mlflow_orphans and not dry_run)
+        except MirrorUnavailableError as error:
+            # What was settled is told all the same.
+            results.append(Reaped("", error.uri, "unreachable", "", str(error)))
     if as_json:
         print_json([asdict(result) for result in results])
     for result in [] if as_json else results:

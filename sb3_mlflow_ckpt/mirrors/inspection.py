@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.errors import CheckpointError
 from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.layout import ARTIFACT_FOLDER, REPLAY_FOLDER
+from sb3_mlflow_ckpt.leaving import temporary_folder
 from sb3_mlflow_ckpt.ledger import CheckpointLedger
 from sb3_mlflow_ckpt.metadata import FileEntry, parse_metadata
 from sb3_mlflow_ckpt.mirrors import naming
@@ -28,12 +27,14 @@ class Inspection:
         uploads: The checkpoints in MLflow.
         journal: The run.
         verify: Whether to download and hash zips and chunks; sizes and the metadata's content are always compared.
+        moved: Whether the run was tracked elsewhere before: what the folder does not hold may still be there.
     """
 
-    def __init__(self, uploads: Uploads, journal: RunJournal, *, verify: bool) -> None:
+    def __init__(self, uploads: Uploads, journal: RunJournal, *, verify: bool, moved: bool = False) -> None:
         self._uploads = uploads
         self._journal = journal
         self._verify = verify
+        self._moved = moved
         # A chunk is shared by checkpoints and is looked at once.
         self._problems: dict[str, str | None] = {}
 
@@ -41,6 +42,8 @@ class Inspection:
         """Make the ledger say what is so; return what it had wrong, a line each."""
         lines, ledger = [], self._journal.snapshot()
         for episode, uri in ledger.uris.items():
+            if self._moved and episode in ledger.pruned:
+                continue
             problem = self._problem_of(ledger, episode, uri)
             if problem is not None:
                 lines.append(self._forget(ledger, episode, problem))
@@ -73,8 +76,8 @@ class Inspection:
         for file in (name, metadata_name):
             if file not in self._uploads.files:
                 return f"{file} is missing" if file != name else "it is missing"
-        with tempfile.TemporaryDirectory(prefix="sb3_mlflow_ckpt-") as folder:
-            content = self._uploads.get(metadata_name, Path(folder)).read_bytes()
+        with temporary_folder() as folder:
+            content = self._uploads.get(metadata_name, folder).read_bytes()
         if episode not in ledger.pruned and local.exists() and content != local.read_bytes():
             return f"{metadata_name} has another content"
         try:
@@ -100,8 +103,8 @@ class Inspection:
         if size is not None and size != entry.bytes:
             return f"{entry.name} has {size} bytes, not {entry.bytes}"
         if self._verify:
-            with tempfile.TemporaryDirectory(prefix="sb3_mlflow_ckpt-") as folder:
-                if atomic.sha256(self._uploads.get(entry.name, Path(folder))) != entry.sha256:
+            with temporary_folder() as folder:
+                if atomic.sha256(self._uploads.get(entry.name, folder)) != entry.sha256:
                     return f"{entry.name} has other bytes"
         return None
 

@@ -16,11 +16,11 @@ from sb3_mlflow_ckpt.layout import ARTIFACT_FOLDER
 from sb3_mlflow_ckpt.mirrors import naming
 from sb3_mlflow_ckpt.mirrors.inspection import Inspection, missing_metrics
 from sb3_mlflow_ckpt.mirrors.naming import LATEST_TAG, PARENT_TAG
-from sb3_mlflow_ckpt.mirrors.patience import Patience, quick_requests, unavailable
+from sb3_mlflow_ckpt.mirrors.patience import Patience, answering, quick_requests, unavailable
 from sb3_mlflow_ckpt.mirrors.tracked_run import TrackedRun, found_run, run_of
 from sb3_mlflow_ckpt.mirrors.uploads import Uploads, latest_artifact
 from sb3_mlflow_ckpt.policies import Retention
-from sb3_mlflow_ckpt.runs.document import TERMINAL_STATUSES
+from sb3_mlflow_ckpt.runs.document import TERMINAL_STATUSES, redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -85,6 +85,11 @@ class MLflowMirror:
         """The MLflow run's id, once it is known."""
         return self._target.run_id
 
+    @property
+    def address(self) -> str:
+        """Where MLflow is, without credentials."""
+        return redact(self._target.uri)
+
     def open(self, record: Mapping[str, Any]) -> str | None:
         """Find or make the MLflow run.
 
@@ -131,12 +136,12 @@ class MLflowMirror:
         Returns:
             What was changed, a line each.
         """
-        with self._lock:
+        with self._lock, answering(self._target.uri):
             self._patience.take()
             self._forget()
             lines = self._target.heal(journal.record)
             client, run, uploads = self._connect(journal)
-            lines += Inspection(uploads, journal, verify=verify).run()
+            lines += Inspection(uploads, journal, verify=verify, moved=self._target.moved).run()
             if missing := missing_metrics(client, run.info.run_id, journal):
                 self._log_metrics(client, run, [[metric] for metric in missing])
                 lines.append(f"{len(missing)} values of the learning curve were missing: they are sent")
@@ -150,8 +155,11 @@ class MLflowMirror:
     def _connect(self, journal: RunJournal) -> tuple[MlflowClient, Run, Uploads]:
         record = journal.record
         client, run = self._target.connect(record)
-        if (record.get("mlflow") or {}).get("run_id") != run.info.run_id:
-            journal.update(**self.describe())
+        known = record.get("mlflow") or {}
+        if known.get("run_id") != run.info.run_id:
+            # Where copies may lie that the folder does not hold any more.
+            before = {"mlflow_before": known} if known.get("run_id") else {}
+            journal.update(**before, **self.describe())
         if self._uploads is None:
             self._uploads = Uploads(client, run, self._target.uri, self._retention)
             self._sent_tags = {str(key): str(value) for key, value in run.data.tags.items()}

@@ -76,6 +76,11 @@ class MongoMirror:
         self._sent: WeakKeyDictionary[RunJournal, _Sent] = WeakKeyDictionary()
         self._trains = False
 
+    @property
+    def address(self) -> str:
+        """Where MongoDB is, without credentials."""
+        return redact(self._lazy.uri)
+
     def open(self, record: Mapping[str, Any]) -> str | None:
         """Contact the database and make its indexes.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from sb3_mlflow_ckpt.errors import MirrorUnavailableError
 from sb3_mlflow_ckpt.runs.document import redact
@@ -59,3 +60,21 @@ def unavailable(error: Exception, uri: str) -> MirrorUnavailableError:
     """Return the error for an MLflow that does not answer, or that says no."""
     refused = getattr(error, "error_code", None) in REFUSALS
     return MirrorUnavailableError("MLflow", redact(uri), redact(str(error)), refused=refused)
+
+
+def is_there(address: str) -> bool:
+    """Return whether there is anything to ask: MLflow would make a database file that is not there."""
+    scheme, separator, path = address.partition(":///")
+    return not (separator and scheme.startswith("sqlite")) or path in ("", ":memory:") or Path(path).exists()
+
+
+@contextmanager
+def answering(address: str) -> Iterator[None]:
+    """Turn what MLflow's client raises of a server into MirrorUnavailableError, which says what to do."""
+    import requests
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, requests.RequestException) as error:
+        raise unavailable(error, address) from None

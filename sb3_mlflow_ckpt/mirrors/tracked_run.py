@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sb3_mlflow_ckpt.mirrors import naming
@@ -32,6 +33,7 @@ class TrackedRun:
         run: The run, once it is found or made.
         owned: Whether it is ours to end.
         created: Whether it was made here.
+        moved: Whether it is being sent to another server than the one that it was tracked at.
     """
 
     def __init__(self, tracking_uri: str | None, experiment_name: str | None, run_id: str | None) -> None:
@@ -47,7 +49,7 @@ class TrackedRun:
         self._below: str | None = None
         self.run: Run | None = None
         self._experiment_found: str | None = None
-        self.owned, self.created = True, False
+        self.owned, self.created, self.moved = True, False, False
 
     @property
     def run_id(self) -> str | None:
@@ -104,7 +106,7 @@ class TrackedRun:
         """Return what a record says of the run, so that it is found again, or made again where it is gone."""
         info = self.run.info if self.run is not None else None
         return {
-            "tracking_uri": redact(self.uri),
+            "tracking_uri": redact(_absolute(self.uri)),
             "experiment_name": self._experiment_found or self.experiment_name,
             "experiment_id": info.experiment_id if info is not None else None,
             "run_id": info.run_id if info is not None else None,
@@ -123,6 +125,10 @@ class TrackedRun:
         if self.run is None:
             self.run, self.created = self._create(client, record), True
             made = f"the run is made as {self.run.info.run_id}"
+            before = (record.get("mlflow") or {}).get("tracking_uri")
+            self.moved = bool(known) and before not in (None, redact(_absolute(self.uri)))
+            if self.moved:
+                return [f"{made}: it was tracked at {before}, as {known}"]
             return [f"{made}: MLflow has no run {known} any more" if known else made]
         return self._restore(client, self.run)
 
@@ -184,6 +190,14 @@ class TrackedRun:
             # Its name cannot be given again while it is in MLflow's waste bin.
             client.restore_experiment(experiment.experiment_id)
         return str(experiment.experiment_id)
+
+
+def _absolute(uri: str) -> str:
+    """Return a tracking URI that means the same from any folder: whoever syncs or repairs stands in another one."""
+    scheme, separator, path = uri.partition(":///")
+    if separator and scheme.startswith("sqlite") and path not in ("", ":memory:"):
+        return f"{scheme}:///{Path(path).absolute()}"
+    return str(Path(uri).absolute()) if ":" not in uri and uri != "databricks" else uri
 
 
 def found_run(client: MlflowClient, run_id: str) -> Run | None:
