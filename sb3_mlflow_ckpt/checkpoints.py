@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sb3_mlflow_ckpt.commit import capture_checkpoint, commit_checkpoint
 from sb3_mlflow_ckpt.errors import CheckpointError, InvalidIdError, RunFolderBusyError
 from sb3_mlflow_ckpt.layout import RunFolder, check_id, id_spellings
-from sb3_mlflow_ckpt.leases import Lease, lease_checkpoint
+from sb3_mlflow_ckpt.leases import Lease, lease_checkpoint, saving
 from sb3_mlflow_ckpt.ledger import committed_episodes
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata
 from sb3_mlflow_ckpt.origins import note_origin
@@ -87,7 +87,7 @@ def save_checkpoint(
     capture = capture_checkpoint(
         model, agent_id=agent_id, run_id=run_id, episode=episode, config=config, extra_state=extra_state
     )
-    with _not_swept(folder):
+    with saving(folder):
         commit_checkpoint(folder, capture)
     return folder.model(episode)
 
@@ -182,7 +182,7 @@ def lease_latest(
             lease = lease_checkpoint(path)
             try:
                 verify_checkpoint(path)
-            except CheckpointError as error:
+            except (CheckpointError, OSError) as error:
                 if lease is not None:
                     lease.release()
                 vanished = vanished or not path.exists()
@@ -205,7 +205,7 @@ def _newest_first(
     for path in list_checkpoints(checkpoint_dir, run_id, agent_id):
         try:
             metadata = read_metadata(path)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             logger.warning("Passed over: %s", error)
             continue
         if accept(metadata):

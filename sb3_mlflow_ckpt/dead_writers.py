@@ -17,6 +17,7 @@ from sb3_mlflow_ckpt.layout import (
     metadata_episode,
     temporary_target,
 )
+from sb3_mlflow_ckpt.leases import nobody_saves
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,9 @@ def sweep_dead_writers(folder: RunFolder) -> None:
 
 def sweep(folder: RunFolder) -> None:
     """Remove what dead writers left half-written in a run's folder, whose lock the caller holds."""
-    for path in temporaries(folder.path):
-        discard_temporary(folder, path)
+    with nobody_saves(folder) as free:
+        for path in temporaries(folder.path) if free else ():
+            discard_temporary(folder, path)
 
 
 def discard_temporary(folder: RunFolder, path: Path) -> None:

@@ -29,7 +29,7 @@ from sb3_mlflow_ckpt.errors import (
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.ledger import CheckpointLedger, corrections, saved_facts
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, timestamp_now
-from sb3_mlflow_ckpt.ownership import FolderClaim
+from sb3_mlflow_ckpt.ownership import TIDYING_SECONDS, FolderClaim
 from sb3_mlflow_ckpt.runs.document import wrong_field
 from sb3_mlflow_ckpt.timeline import Timeline
 
@@ -72,14 +72,23 @@ class RunJournal:
 
     Args:
         folder: The run folder; made if it is missing.
+        patience: How long to wait for somebody who holds it, in seconds.
 
     Raises:
         RunFolderBusyError: A live process holds the folder.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, patience: float = 0.0) -> None:
         self.folder = folder
-        self._claim = FolderClaim(folder)
+        self._claim = FolderClaim(folder, patience)
+        try:
+            self._read()
+        except BaseException:
+            self._claim.release()
+            raise
+
+    def _read(self) -> None:
+        folder = self.folder
         # Nobody else writes here now: what lies about half-written is a dead writer's.
         sweep(folder)
         self._timeline = Timeline()
@@ -204,10 +213,14 @@ class RunJournal:
     def close(self) -> None:
         """Release the folder; nothing is written to it from now on, by whatever thread comes late."""
         with self._lock:
-            if self._refused:
-                self._write_events()
-            self._closed = True
-        self._claim.release()
+            try:
+                if self._refused:
+                    self._write_events()
+            except RunTakenOverError as error:
+                logger.debug("%s", error)
+            finally:
+                self._closed = True
+                self._claim.release()
 
     def _add_event(self, event: dict[str, Any]) -> None:
         """Take a fact in, and write it down; a disk that refuses the line does not undo the fact."""
@@ -245,7 +258,7 @@ class RunJournal:
         """Take the folder anew after it, or its lock, was removed or renamed in mid-run."""
         held = self._claim
         try:
-            self._claim = FolderClaim(self.folder)
+            self._claim = FolderClaim(self.folder, TIDYING_SECONDS)
         except RunFolderBusyError as error:
             raise RunTakenOverError(self.folder.path) from error
         held.release()

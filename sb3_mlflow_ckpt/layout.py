@@ -18,6 +18,7 @@ RECORD_NAME = "run.json"
 METRICS_NAME = "metrics.jsonl"
 EVENTS_NAME = "checkpoints.jsonl"
 LOCK_NAME = ".lock"
+SAVING_NAME = ".saving"
 METADATA_SUFFIX = "_metadata.json"
 PIN_SUFFIX = ".pin"
 LEASE_SUFFIX = ".lease"
@@ -138,6 +139,11 @@ class RunFolder:
     @property
     def lock(self) -> Path:
         return self.path / LOCK_NAME
+
+    @property
+    def saving(self) -> Path:
+        """What is locked, shared, by who saves without a run; who sweeps must have it alone."""
+        return self.path / SAVING_NAME
 
     @property
     def replay(self) -> Path:

@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sb3_mlflow_ckpt import atomic
@@ -129,6 +129,44 @@ def sweep_leases(folder: RunFolder) -> list[int]:
     return swept
 
 
+@contextmanager
+def saving(folder: RunFolder) -> Iterator[None]:
+    """Keep `nobody_saves` from being true meanwhile; waits for a sweep that is under way."""
+    descriptor = None
+    if fcntl is not None:
+        with suppress(OSError):  # Whatever is wrong with the folder, the save tells.
+            folder.path.mkdir(parents=True, exist_ok=True)
+            descriptor = _open(folder.saving)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+@contextmanager
+def nobody_saves(folder: RunFolder) -> Iterator[bool]:
+    """Tell whether no process saves to a folder without holding its lock, and keep it so meanwhile."""
+    if fcntl is None:
+        yield True
+        return
+    try:
+        descriptor = _open(folder.saving)
+    except OSError:
+        yield False
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except OSError:
+        free = False
+    try:
+        yield free
+    finally:
+        os.close(descriptor)
+
+
 def _locked(path: Path, *, exclusive: bool) -> int | None:
     """Return a descriptor of the lock file that lies there now, locked; None where the checkpoint went meanwhile.
 
@@ -154,9 +192,9 @@ def _in_use(file: Path) -> bool:
     if fcntl is None:
         return False
     try:
-        descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return False
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        return error.errno in _BUSY  # It may be: that nobody may look at it.
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -167,7 +205,8 @@ def _in_use(file: Path) -> bool:
 
 
 def _open(file: Path) -> int:
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    # A lock needs no right to write: another user's file, left by a process that was killed, must not stand in the way.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(file, flags | os.O_CREAT, 0o666)
 
 

@@ -146,6 +146,7 @@ def corrections(folder: RunFolder, ledger: CheckpointLedger) -> list[dict[str, A
     """
     saved: list[dict[str, Any]] = []
     on_disk = committed_episodes(folder)
+    newest = max((str(facts.get("timestamp")) for facts in ledger.saved.values()), default="")
     for episode in on_disk:
         try:
             facts = saved_facts(read_metadata(folder.model(episode)))
@@ -155,7 +156,9 @@ def corrections(folder: RunFolder, ledger: CheckpointLedger) -> list[dict[str, A
         known = ledger.saved.get(episode, {})
         # An episode that was saved again has other content under the same name.
         if not known or episode in ledger.pruned or facts["sha256"] != known.get("sha256"):
-            saved.append({"event": "saved", **facts})
+            # One that the run itself did not note is put in its place by its time, not by that of this line.
+            late = facts["timestamp"] < newest
+            saved.append({"event": "saved", **facts, **({"adopted": True} if late else {})})
     # As they were committed: a run that went back to an older checkpoint has lower numbers after higher ones.
     saved.sort(key=lambda facts: (facts["timestamp"], facts["episode"]))
     gone = sorted(set(ledger.saved) - set(on_disk) - ledger.pruned)

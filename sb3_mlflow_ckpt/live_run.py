@@ -23,6 +23,7 @@ from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.leases import Lease, sweep_leases
 from sb3_mlflow_ckpt.ledger import committed_episodes
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, timestamp_now
+from sb3_mlflow_ckpt.ownership import TIDYING_SECONDS
 from sb3_mlflow_ckpt.pins import pinned_episodes, sweep_pins
 from sb3_mlflow_ckpt.policies import MirrorBacklog, Retention
 from sb3_mlflow_ckpt.pruning import NOT_MIRRORED, PINNED, evict, saved_checkpoints
@@ -97,10 +98,7 @@ class LiveRun:
         self._progress: dict[str, Any] = dict(record["progress"])
         self._last_step_at: str | None = None
         self._journal = _start(folder, {**record, "mirrors": [mirror.name for mirror in mirrors]}, fresh=fresh)
-        self._chunks = ChunkSweeper(folder)
-        self._chunks.sweep()
-        sweep_pins(folder)
-        sweep_leases(folder)
+        self._chunks = self._swept(folder)
         self._lease = lease
         self._writer = BackgroundWriter()
         self._replicators = [Replicator(mirror, self._journal) for mirror in mirrors]
@@ -109,6 +107,19 @@ class LiveRun:
         self._ended = threading.Event()
         self._heartbeat = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._heartbeat.start()
+
+    def _swept(self, folder: RunFolder) -> ChunkSweeper:
+        try:
+            chunks = ChunkSweeper(folder)
+            chunks.sweep()
+            sweep_pins(folder)
+            sweep_leases(folder)
+            return chunks
+        except BaseException as error:
+            self._journal.close()
+            if isinstance(error, OSError) and not isinstance(error, CheckpointError):
+                raise save_error(folder.path, error) from error
+            raise
 
     @property
     def record(self) -> dict[str, Any]:
@@ -265,6 +276,11 @@ class LiveRun:
     def _prune(self) -> None:
         if self._taken_over:
             return
+        # The checkpoint before it is committed: what went wrong here is made good at the next one.
+        with self._tolerating("Old checkpoints were not removed"):
+            self._prune_now()
+
+    def _prune_now(self) -> None:
         ledger = self._journal.snapshot()
         protected = {PINNED: pinned_episodes(self.folder), NOT_MIRRORED: self._waiting_for_mirror()}
         saved = saved_checkpoints(ledger, set(ledger.saved) - ledger.pruned)
@@ -308,7 +324,7 @@ class LiveRun:
 def _start(folder: RunFolder, record: Mapping[str, Any], *, fresh: bool) -> RunJournal:
     """Take a run folder and write the record of a run that starts in it."""
     try:
-        journal = RunJournal(folder)
+        journal = RunJournal(folder, TIDYING_SECONDS)
         try:
             if fresh and committed_episodes(folder):
                 raise RunFolderTakenError(folder.path)

@@ -97,7 +97,8 @@ def sweep_pins(folder: RunFolder) -> list[int]:
         if not folder.metadata(episode).exists() and not folder.model(episode).exists()
     ]
     for episode in swept:
-        pin_path(folder.model(episode)).unlink(missing_ok=True)
+        with suppress(IsADirectoryError):  # Somebody else's.
+            pin_path(folder.model(episode)).unlink(missing_ok=True)
     return swept
 
 

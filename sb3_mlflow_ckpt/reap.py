@@ -115,6 +115,10 @@ def _judge(folder: RunFolder, record: Mapping[str, Any]) -> Reaped | None:
 
 
 def _reap(folder: RunFolder, tracking_uri: str | None, mongo_uri: str | None, mongo_db: str | None) -> Reaped | None:
+    # Before anything is swept or noted: the lock of another host's live process may not be seen here.
+    found = _examine(folder)
+    if found is None or found.action != "would fail":
+        return found
     journal = RunJournal(folder)
     try:
         record = journal.record

@@ -29,7 +29,7 @@ def rebuilt_record(folder: RunFolder, ledger: CheckpointLedger, *, damaged: bool
         return None
     points = atomic.read_lines(folder.metrics)[0]
     last: dict[str, Any] = points[-1] if points else {}
-    times = [newest.timestamp, *(str(last["time"]) for _ in (0,) if last.get("time"))]
+    times = [newest.timestamp, *(time for time in [last.get("time")] if isinstance(time, str))]
     record = new_record(
         run_id=folder.run_id,
         agent_id=folder.agent_id,
@@ -43,23 +43,30 @@ def rebuilt_record(folder: RunFolder, ledger: CheckpointLedger, *, damaged: bool
         heartbeat_seconds=10.0,
         environment={"host": None, "pid": None, "command": None, "git": None, "versions": dict(newest.versions)},
     )
-    status = _STATUS.get(newest.trigger, "failed")
+    total = record["progress"]["total_timesteps"]
+    reached = isinstance(total, int) and newest.num_timesteps >= total and newest.trigger != "exception"
+    status = "completed" if reached else _STATUS.get(newest.trigger, "failed")
     message = "The run's record was lost; it was rebuilt from its checkpoints and its learning curve"
     return record | {
         "status": status,
         "error": {"type": RECORD_LOST, "message": message, "traceback": None} if status == "failed" else None,
         "progress": {
             **record["progress"],
-            "num_timesteps": max(newest.num_timesteps, int(last.get("num_timesteps") or 0)),
-            "episode": max(newest.finished_episodes, int(last.get("episode") or 0)),
+            "num_timesteps": max(newest.num_timesteps, _count(last.get("num_timesteps"))),
+            "episode": max(newest.finished_episodes, _count(last.get("episode"))),
             "mean_reward": last.get("ep_rew_mean", newest.metrics.get("mean_reward")),
         },
-        "started_at": min([str(points[0]["time"])] if points and points[0].get("time") else times),
+        "started_at": points[0]["time"] if points and isinstance(points[0].get("time"), str) else min(times),
         "heartbeat_at": max(times),
         "ended_at": max(times),
         "rebuilt": True,
         **_mirrors(newest.config, ledger),
     }
+
+
+def _count(value: Any) -> int:
+    # A line that somebody edited may hold anything.
+    return value if type(value) is int and value >= 0 else 0
 
 
 def _mirrors(config: dict[str, Any], ledger: CheckpointLedger) -> dict[str, Any]:

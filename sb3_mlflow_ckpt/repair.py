@@ -6,6 +6,7 @@ two of them leaves what the next repair takes up; doing it twice changes nothing
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -23,7 +24,7 @@ from sb3_mlflow_ckpt.dead_writers import discard_temporary, temporaries
 from sb3_mlflow_ckpt.errors import CheckpointError, ForeignCheckpointError, MirrorUnavailableError
 from sb3_mlflow_ckpt.journal import read_record
 from sb3_mlflow_ckpt.layout import FETCH_PREFIX, RunFolder, chunk_entry, entry_chunk, metadata_episode, model_episode
-from sb3_mlflow_ckpt.leases import sweep_leases
+from sb3_mlflow_ckpt.leases import nobody_saves, sweep_leases
 from sb3_mlflow_ckpt.ledger import CheckpointLedger, committed_episodes, saved_facts
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, FileEntry, timestamp_now
 from sb3_mlflow_ckpt.pins import sweep_pins
@@ -35,6 +36,8 @@ from sb3_mlflow_ckpt.verification import read_metadata, replacement_of, verify_c
 logger = logging.getLogger(__name__)
 
 _DAMAGE = (CheckpointError, OSError)
+# Not what a disk says that fails: nothing, or something else, lies there.
+_NOT_THERE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,15 @@ def repair_runs(
     """
     for folder in folders:
         try:
-            with FileLock(folder.lock, timeout=0):
-                yield from _Repairer(folder, tracking_uri, dry_run=dry_run).run()
+            with FileLock(folder.lock, timeout=0), nobody_saves(folder) as free:
+                if not free:
+                    logger.info("%s is being saved to now and is left alone", folder.path)
+                    continue
+                if not dry_run:
+                    yield from _Repairer(folder, tracking_uri, dry_run=False).run()
+            if dry_run:
+                # A run that is about to start must not find the folder taken by somebody who only looks.
+                yield from _Repairer(folder, tracking_uri, dry_run=True).run()
         except Timeout:
             logger.info("%s is training now and is left alone", folder.path)
         except OSError as error:
@@ -124,7 +134,9 @@ class _Repairer:
         try:
             described = read_metadata(zip_path, settle=False)
         except _DAMAGE as error:
-            if zip_path.is_file():
+            if _unreadable(error):
+                yield self._left(error)
+            elif zip_path.is_file():
                 yield from self._adopt(episode, f"the metadata of {zip_path.name} is damaged ({_cause(error)})")
             else:
                 yield self._aside(f"{metadata_file.name} is damaged and has no zip", [metadata_file])
@@ -132,6 +144,9 @@ class _Repairer:
         try:
             metadata = verify_checkpoint(zip_path)
         except _DAMAGE as error:
+            if _unreadable(error):
+                yield self._left(error)
+                return
             yield from self._fetch(episode, described, f"{zip_path.name}: {_cause(error)}")
             return
         if replacement_of(described) is not None:
@@ -145,6 +160,9 @@ class _Repairer:
         try:
             metadata = self._metadata_of_zip(episode)
         except _DAMAGE as error:
+            if _unreadable(error):
+                yield self._left(error)
+                return
             if isinstance(error, ForeignCheckpointError) and _is_of_sb3(zip_path):
                 return  # Somebody put it there: nothing lists it.
             # The metadata first: that withdraws the commit.
@@ -244,6 +262,9 @@ class _Repairer:
                 return
             defect = "run.json does not say whose it is"
         except CheckpointError as error:
+            if _unreadable(error):
+                yield self._left(error)
+                return
             defect = f"run.json: {_cause(error)}" if record.exists() else "run.json is missing"
         rebuilt = rebuilt_record(self._folder, self._ledger, damaged=os.path.lexists(record))
         if rebuilt is None:
@@ -295,6 +316,10 @@ class _Repairer:
         for episode in (*sweep_pins(self._folder), *sweep_leases(self._folder)):
             yield Repair(self._folder.path, f"a marker of episode {episode}, which is gone", "removed")
 
+    def _left(self, error: BaseException) -> Repair:
+        """What cannot be read now may be whole: only what was read and is wrong is taken out of use."""
+        return Repair(self._folder.path, f"it cannot be read: {_cause(error)}", "left as it is", mended=False)
+
     def _aside(self, defect: str, paths: list[Path]) -> Repair:
         return self._do(defect, f"set aside in {self._folder.set_aside.name}", lambda: self._move_aside(paths))
 
@@ -311,6 +336,12 @@ class _Repairer:
             path.replace(target)
             atomic.fsync_dir(aside)
             atomic.fsync_dir(path.parent)
+
+
+def _unreadable(error: BaseException) -> bool:
+    """Return whether the disk or a right refused the reading; what it holds is not known then."""
+    beneath = error.__cause__ if isinstance(error, CheckpointError) else error
+    return isinstance(beneath, OSError) and beneath.errno not in _NOT_THERE
 
 
 def _is_of_sb3(path: Path) -> bool:

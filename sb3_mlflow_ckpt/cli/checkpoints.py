@@ -235,7 +235,7 @@ def sync_command(
         verify=verify,
     )
     if as_json:
-        print_json([asdict(result) for result in results])
+        print_json([{key: value for key, value in asdict(result).items() if key != "outage"} for result in results])
     for result in results if not as_json else ():
         for change in result.changes:
             click.echo(printable(f"{result.folder}: {result.mirror}: {change}"))

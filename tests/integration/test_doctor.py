@@ -33,6 +33,7 @@ def test_a_whole_machine_with_its_servers_passes(
     tmp_path: Path, mlflow_uri: str, mongo_uri: str, mongo_database: str
 ) -> None:
     open_database(mongo_uri, mongo_database).client.close()
+    (tmp_path / "checkpoints").mkdir()
     flags = ("--tracking-uri", mlflow_uri, "--mongo-uri", mongo_uri, "--mongo-db", mongo_database)
     code, findings = examine(*flags, cwd=tmp_path)
     assert code == 0, findings

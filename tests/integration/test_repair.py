@@ -29,7 +29,7 @@ TINY = {"policy_kwargs": {"net_arch": [4]}, "device": "cpu"}
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An off-policy run with several checkpoints and their chunks."""
     checkpoints = tmp_path_factory.mktemp("trained") / "checkpoints"
-    model = DQN("MlpPolicy", "CartPole-v1", learning_starts=10, buffer_size=500, **TINY)
+    model = DQN("MlpPolicy", "CartPole-v1", learning_starts=10, buffer_size=500, seed=0, **TINY)
     model.learn(150, callback=EpisodeCheckpointCallback(2, 4, checkpoints, agent_id="a", run_id="r"))
     assert len(list_checkpoints(checkpoints)) == 4
     return checkpoints
@@ -195,7 +195,7 @@ def test_a_run_that_trains_is_left_alone(folder: RunFolder) -> None:
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory, mlflow_uri: str) -> Path:
     checkpoints = tmp_path_factory.mktemp("tracked") / "checkpoints"
-    model = DQN("MlpPolicy", "CartPole-v1", learning_starts=10, buffer_size=500, **TINY)
+    model = DQN("MlpPolicy", "CartPole-v1", learning_starts=10, buffer_size=500, seed=0, **TINY)
     callback = EpisodeCheckpointCallback(4, 3, checkpoints, agent_id="a", mirrors=[MLflowMirror(mlflow_uri)])
     model.learn(150, callback=callback)
     assert callback.behind == []
