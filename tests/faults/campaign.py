@@ -12,6 +12,7 @@ import argparse
 import errno
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -215,8 +216,9 @@ class Campaign:
         if workload.prepare is None:
             cwd.mkdir()
         else:
-            if protocol not in self._prepared:
-                ready = self._folder / f"prepared-{len(self._prepared)}"
+            # What is sent to a mirror has an identity there: each trial needs a run of its own.
+            if protocol not in self._prepared or workload.mirrored:
+                ready = self._folder / f"prepared-{next(self._count)}"
                 ready.mkdir()
                 ended = zygote.run(lambda report: workload.prepare(report, context), ready)  # type: ignore[misc]
                 assert ended.code == 0, ready.with_suffix(".output").read_text()
@@ -309,11 +311,16 @@ def points() -> dict[str, list[str]]:
 
 def _in_processes(options: argparse.Namespace, protocols: list[str]) -> list[Row]:
     """Run each protocol in a process of its own, several at a time."""
-    failing = [name for name in protocols if "training" not in name]
+    from workloads import WORKLOADS
+
+    # A trial with servers takes ten times as long.
+    weights = {name: 0.25 if WORKLOADS[name].mirrored else 1.0 for name in protocols}
+    failing = {name: weight for name, weight in weights.items() if "training" not in name}
 
     def run_one(protocol: str) -> list[Row]:
-        words = ["--only", protocol, "--seed", str(options.seed), "--kills", str(-(-options.kills // len(protocols)))]
-        words += ["--errors", str(-(-options.errors // len(failing)) if protocol in failing else 0), "--json"]
+        kills = math.ceil(options.kills * weights[protocol] / sum(weights.values()))
+        errors = math.ceil(options.errors * failing.get(protocol, 0.0) / sum(failing.values()))
+        words = ["--only", protocol, "--seed", str(options.seed), "--kills", str(kills), "--errors", str(errors), "--json"]
         done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=False)
         *told, last = done.stdout.splitlines() or [""]
         for line in told:
@@ -321,6 +328,7 @@ def _in_processes(options: argparse.Namespace, protocols: list[str]) -> list[Row
         if not last.startswith("["):
             return [Row(protocol, f"ended with {done.returncode}: {last}", lost=["all"])]
         rows = [Row(**{**row, "points": Counter(row["points"])}) for row in json.loads(last)]
+        print(last, file=sys.stderr, flush=True)
         for row in rows:
             print(f"{row.protocol}: {row.fault}: {row.times} times, {len(row.lost)} losses", flush=True)
         return rows

@@ -83,7 +83,7 @@ class Workload:
         kept: How many checkpoints of a run are kept; 0 for all.
         mirrored: Whether `sync` must complete MLflow and MongoDB afterwards.
         links: Whether the file system has hard links.
-        stride: At how many of its named points it dies: 1 is each, 4 is every fourth.
+        stride: At how many of its named points it dies: 1 is each, 12 is every twelfth.
     """
 
     run: Callable[[Report, Context], None]
@@ -269,8 +269,8 @@ WORKLOADS: dict[str, Workload] = {
     "checkpoints pin, unpin": Workload(pin, prepare=many),
     "checkpoints repair": Workload(repair, prepare=damaged, kept=0),
     "runs reap": Workload(reap, prepare=left_running),
-    "mirrors to MLflow and MongoDB": Workload(commits, mirrored=True, stride=4),
-    "checkpoints sync": Workload(sync, prepare=many, kept=0, mirrored=True, stride=4),
+    "mirrors to MLflow and MongoDB": Workload(commits, mirrored=True, stride=12),
+    "checkpoints sync": Workload(sync, prepare=many, kept=0, mirrored=True, stride=12),
     "training of a PPO": Workload(train_ppo, kept=3),
     "training of a DQN": Workload(train_dqn, kept=3),
 }
