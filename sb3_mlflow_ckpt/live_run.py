@@ -298,7 +298,9 @@ class LiveRun:
     def _waiting_for_mirror(self) -> set[int]:
         if not self._mirrored:
             return set()
-        protected, given_up = self._options.backlog.split(self._journal.waiting_for_mirror())
+        ledger = self._journal.snapshot()
+        waiting = ledger.waiting
+        protected, given_up = self._options.backlog.split([episode for episode in ledger.saved if episode in waiting])
         if given_up - self._gave_up:
             logger.error(
                 "%d checkpoints wait for MLflow, more than max_unmirrored_checkpoints allows: "

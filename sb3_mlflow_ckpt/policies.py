@@ -96,7 +96,6 @@ class MirrorBacklog:
 
     limit: int = 50
 
-    def split(self, waiting: Collection[int]) -> tuple[set[int], set[int]]:
-        """Return (protected, given up) episodes of those that wait for the mirror."""
-        ordered = sorted(waiting, reverse=True)
-        return set(ordered[: self.limit]), set(ordered[self.limit :])
+    def split(self, waiting: Sequence[int]) -> tuple[set[int], set[int]]:
+        """Return (protected, given up) episodes of those that wait for the mirror, in the order of their commits."""
+        return set(waiting[-self.limit :]), set(waiting[: -self.limit])

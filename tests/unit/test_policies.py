@@ -90,4 +90,7 @@ def test_pruning_after_every_commit_comes_to_the_same_as_pruning_once(retention,
 
 
 def test_a_backlog_beyond_its_limit_gives_up_the_oldest() -> None:
-    assert MirrorBacklog(2).split({1, 2, 3, 4}) == ({3, 4}, {1, 2})
+    assert MirrorBacklog(2).split([1, 2, 3, 4]) == ({3, 4}, {1, 2})
+    assert MirrorBacklog(2).split([]) == (set(), set())
+    # A run that went back to an older checkpoint: what was committed last is what is protected.
+    assert MirrorBacklog(2).split([300, 400, 110, 120]) == ({110, 120}, {300, 400})
