@@ -343,3 +343,30 @@ def test_resumes_and_pins_race_with_prunes_and_neither_loses_a_checkpoint(tmp_pa
     prune_checkpoints(tmp_path / "checkpoints", keep_last_n=1)
     left = {path.suffix for path in (tmp_path / "checkpoints" / "a" / "r").iterdir()}
     assert left <= {".zip", ".json", ".lock", ""}
+
+
+_PRUNER = """
+import sys
+from sb3_mlflow_ckpt.checkpoints import prune_checkpoints
+print("begun", flush=True)
+while True:
+    prune_checkpoints(sys.argv[1], keep_last_n=0)
+"""
+
+
+def test_a_save_without_a_run_is_not_swept_as_a_dead_writers_by_a_prune_beside_it(tmp_path: Path) -> None:
+    """The prune holds the folder's lock: the save's temporaries looked like those of somebody who died."""
+    saved(tmp_path, 1)
+    pruner = subprocess.Popen(
+        [sys.executable, "-c", _PRUNER, str(tmp_path)], env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert pruner.stdout is not None
+        assert pruner.stdout.readline() == "begun\n"
+        for _ in range(4):
+            for path in saved(tmp_path, *range(1, 21)):
+                verify_checkpoint(path)
+    finally:
+        pruner.kill()
+        pruner.wait()
+        pruner.stdout.close()

@@ -15,6 +15,7 @@ from journals import start_run
 from mlflow import MlflowClient
 from processes import ROOT, Leash, environment, start_trainer, wait_for
 
+from sb3_mlflow_ckpt.atomic import temporary_sibling
 from sb3_mlflow_ckpt.checkpoints import list_checkpoints, verify_checkpoint
 from sb3_mlflow_ckpt.journal import read_record
 from sb3_mlflow_ckpt.mirrors.naming import milliseconds
@@ -95,7 +96,11 @@ def test_the_run_of_another_host_is_settled_only_when_its_heartbeat_is_stale(
         journal.update(heartbeat_at=heartbeat)
         os.utime(journal.folder.record, (0, 0))
     journal.close()
+    # What a living run of another host is writing now must not be taken for a dead one's.
+    half_written = temporary_sibling(journal.folder.record)
+    half_written.touch()
     assert [result.action for result in reap_runs(tmp_path)] == [action]
+    assert half_written.exists() == (action == "fresh")
     assert read_record(journal.folder)["status"] == ("failed" if action == "failed" else "running")
 
 
