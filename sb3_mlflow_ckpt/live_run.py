@@ -152,6 +152,9 @@ class LiveRun:
     def add_metrics(self, point: Mapping[str, Any]) -> None:
         """Append a point of the learning curve; one that the disk refuses is written with the next."""
         self._points.append(point)
+        self._write_points()
+
+    def _write_points(self) -> None:
         with self._tolerating("A point of the learning curve is not written yet"):
             while self._points:
                 self._journal.add_metrics(self._points[0])
@@ -174,6 +177,7 @@ class LiveRun:
             self._writer.close()
             self._ended.set()
             self._heartbeat.join()
+            self._write_points()
             self._record_end(status, error)
             if self._taken_over:
                 # What happens in that folder is told by its new owner.

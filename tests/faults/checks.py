@@ -100,7 +100,9 @@ def settled(report: Report, workload: Workload) -> None:
         paths = list_checkpoints(CHECKPOINTS, run_id=folder.name)
         needed = {entry.name for path in paths for entry in verify_checkpoint(path).files[1:]}
         there = {f"replay/{path.name}" for path in run.replay.iterdir()} if run.replay.is_dir() else set()
-        if needed != there and not run.set_aside.exists():
+        # What a killed training does not need goes with the next prune or repair: it is resumed in another folder.
+        killed = FolderRuns(CHECKPOINTS).get(folder.name)["status"] in ("running", "lost")
+        if needed != there and not run.set_aside.exists() and not (killed and needed < there):
             report(lost=f"{folder.name} needs the chunks {sorted(needed)}, and has {sorted(there)}")
         named = {path.stem for path in paths}
         zips = {path.stem for path in folder.glob("ep*.zip")}
