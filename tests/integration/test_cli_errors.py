@@ -346,7 +346,7 @@ def test_an_id_that_leaves_the_folder_is_refused(saved: list[Path], words: list[
 def test_sync_prints_each_run_and_fails_if_one_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from sb3_mlflow_ckpt import sync
 
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "a" / "r").mkdir(parents=True)
     results = [sync.SyncResult(Path("a"), "MLflow", None), sync.SyncResult(Path("b"), "", "it is training now")]
     given: dict[str, Any] = {}
     monkeypatch.setattr(sync, "sync_runs", lambda folder, **ids: given.update(ids, folder=folder) or results)
