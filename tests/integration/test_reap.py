@@ -54,7 +54,8 @@ def test_a_killed_trainer_is_settled_everywhere_and_a_living_one_is_not_touched(
         wait_for(sent, "a checkpoint is in MLflow", trainer)
         (run,) = FolderRuns(tmp_path / "checkpoints").list()
         alive = reap(cwd=tmp_path)
-        assert [item["action"] for item in json.loads(alive.stdout)] == ["alive"], alive.stderr
+        # Runs of other tests on the same server may look like orphans.
+        assert [item["action"] for item in json.loads(alive.stdout) if item["action"] != "orphan"] == ["alive"], alive.stderr
         assert FolderRuns(tmp_path / "checkpoints").list()[0]["status"] == "running"
     finally:
         trainer.send_signal(signal.SIGKILL)
