@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sb3_mlflow_ckpt.commit import capture_checkpoint, commit_checkpoint
-from sb3_mlflow_ckpt.errors import CheckpointError, InvalidIdError, RunFolderBusyError
+from sb3_mlflow_ckpt.errors import CheckpointError, InvalidIdError
 from sb3_mlflow_ckpt.layout import RunFolder, check_id, id_spellings
 from sb3_mlflow_ckpt.leases import Lease, lease_checkpoint, saving
 from sb3_mlflow_ckpt.ledger import committed_episodes
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata
 from sb3_mlflow_ckpt.origins import note_origin
-from sb3_mlflow_ckpt.ownership import FolderClaim
 from sb3_mlflow_ckpt.pins import pin_checkpoint, unpin_checkpoint
 from sb3_mlflow_ckpt.policies import Retention
 from sb3_mlflow_ckpt.pruning import prune_runs
@@ -90,20 +88,6 @@ def save_checkpoint(
     with saving(folder):
         commit_checkpoint(folder, capture)
     return folder.model(episode)
-
-
-@contextmanager
-def _not_swept(folder: RunFolder) -> Iterator[None]:
-    """Keep other processes from taking what is written meanwhile for a dead writer's; a live run of the folder does."""
-    try:
-        claim: FolderClaim | None = FolderClaim(folder)
-    except (RunFolderBusyError, OSError):
-        claim = None  # Whatever is wrong with the folder, the save tells.
-    try:
-        yield
-    finally:
-        if claim is not None:
-            claim.release()
 
 
 def run_folders(

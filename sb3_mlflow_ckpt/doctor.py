@@ -23,7 +23,7 @@ from sb3_mlflow_ckpt.errors import CheckpointError, MirrorUnavailableError
 from sb3_mlflow_ckpt.journal import read_record
 from sb3_mlflow_ckpt.layout import TEMPORARY_PREFIX
 from sb3_mlflow_ckpt.reap import reap_runs, tracking_uris
-from sb3_mlflow_ckpt.repair import repair_runs
+from sb3_mlflow_ckpt.repair import LEFT_ALONE, repair_runs
 from sb3_mlflow_ckpt.runs.document import redact
 from sb3_mlflow_ckpt.runs.folder import read_ledger
 from sb3_mlflow_ckpt.verification import read_metadata
@@ -186,20 +186,23 @@ def _newest_size(checkpoint_dir: Path) -> tuple[int, int]:
 def runs(checkpoint_dir: Path) -> Iterator[Finding]:
     """Look for what is damaged, lost, or not yet sent."""
     folders = [*run_folders(checkpoint_dir)]
-    damaged = [*repair_runs(folders, dry_run=True)]
+    found = [*repair_runs(folders, dry_run=True)]
+    damaged = [repair for repair in found if repair.action != LEFT_ALONE]
+    in_use = len(found) - len(damaged)
     if damaged:
         first = damaged[0]
         what = f"{len(damaged)} defects in run folders, the first: {first.folder}: {first.defect}"
         yield Finding("FAIL", what, f"sb3-mlflow-ckpt checkpoints repair --checkpoint-dir {checkpoint_dir}")
     else:
-        yield Finding("ok", f"{len(folders)} run folders are whole")
-    lost = [found for found in reap_runs(checkpoint_dir, dry_run=True) if found.action == "would fail"]
+        used = f"; {in_use} are in use and were not looked at" if in_use else ""
+        yield Finding("ok", f"{len(folders) - in_use} run folders are whole{used}")
+    lost = [reaped for reaped in reap_runs(checkpoint_dir, dry_run=True) if reaped.action == "would fail"]
     if lost:
         what = f"{len(lost)} runs say that they are running and are dead, the first: {lost[0].run_id}"
         yield Finding("warn", what, f"sb3-mlflow-ckpt runs reap --checkpoint-dir {checkpoint_dir}")
     else:
         yield Finding("ok", "no run is lost")
-    behind = [found.run_id for found in folders if _waits(found)]
+    behind = [run.run_id for run in folders if _waits(run)]
     if behind:
         what = f"{len(behind)} runs have checkpoints that MLflow lacks, the first: {behind[0]}"
         yield Finding("warn", what, f"sb3-mlflow-ckpt checkpoints sync --checkpoint-dir {checkpoint_dir}")

@@ -93,6 +93,7 @@ class LiveRun:
         self._options = options
         self._gave_up: set[int] = set()
         self._taken_over = False
+        self._refused: set[str] = set()
         self._points: deque[Mapping[str, Any]] = deque(maxlen=_MOST_UNWRITTEN_POINTS)
         self._mirrored = any(mirror.stores_checkpoints for mirror in mirrors)
         self._progress: dict[str, Any] = dict(record["progress"])
@@ -247,7 +248,11 @@ class LiveRun:
                     replicator.abandon()
                 self._writer.report(error)
         except OSError as error:
-            logger.warning("%s: %s", what, error)
+            # Once for each spell: a disk that takes nothing for an hour is no news every second.
+            logger.log(logging.DEBUG if what in self._refused else logging.WARNING, "%s: %s", what, error)
+            self._refused.add(what)
+        else:
+            self._refused.discard(what)
 
     def _commit(self, capture: CheckpointCapture) -> None:
         try:
@@ -259,9 +264,10 @@ class LiveRun:
             self._journal.add_saved(metadata)
         except OSError as error:
             # It may stand all the same, where the disk failed at the very end: then it is kept like any other.
-            self._chunks.look_at(capture.metadata.episode)
-            if not isinstance(error, RunTakenOverError):
-                self._journal.reconcile()
+            with self._tolerating("What stands of the checkpoint was not noted"):
+                self._chunks.look_at(capture.metadata.episode)
+                if not isinstance(error, RunTakenOverError):
+                    self._journal.reconcile()
             raise save_error(self.folder.model(capture.metadata.episode), error) from error
         finally:
             if capture.replay is not None:

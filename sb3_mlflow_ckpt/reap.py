@@ -24,7 +24,7 @@ from sb3_mlflow_ckpt.mirrors.naming import TAG_PREFIX
 from sb3_mlflow_ckpt.provenance import hostname
 from sb3_mlflow_ckpt.runs.document import redact
 from sb3_mlflow_ckpt.runs.folder import shown
-from sb3_mlflow_ckpt.sync import mirrors_of, send
+from sb3_mlflow_ckpt.sync import THE_RUNS_OWN, MirrorAddresses, mirrors_of, send
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -58,12 +58,10 @@ class Reaped:
 
 def reap_runs(
     checkpoint_dir: str | Path = "checkpoints",
+    addresses: MirrorAddresses = THE_RUNS_OWN,
     *,
     run_id: str | None = None,
     agent_id: str | None = None,
-    tracking_uri: str | None = None,
-    mongo_uri: str | None = None,
-    mongo_db: str | None = None,
     dry_run: bool = False,
 ) -> list[Reaped]:
     """Settle the runs below a checkpoint folder whose process is dead: failed, ended at their last heartbeat.
@@ -72,11 +70,9 @@ def reap_runs(
 
     Args:
         checkpoint_dir: The folder that holds agents' folders.
+        addresses: Where the mirrors are.
         run_id: Only this run.
         agent_id: Only this agent.
-        tracking_uri: MLflow's tracking URI; the run's own where it is None.
-        mongo_uri: The MongoDB; the run's own where it is None.
-        mongo_db: The database's name; the run's own where it is None.
         dry_run: Change nothing.
 
     Returns:
@@ -88,7 +84,7 @@ def reap_runs(
             if not folder.record.exists() or read_record(folder).get("status") != "running":
                 continue
             # A journal would make good what a crash left of its files.
-            reaped = _examine(folder) if dry_run else _reap(folder, tracking_uri, mongo_uri, mongo_db)
+            reaped = _examine(folder) if dry_run else _reap(folder, addresses)
         except (RunFolderBusyError, Timeout):
             reaped = Reaped(folder.run_id, str(folder.path), "alive", "a process holds the folder's lock")
         except (CheckpointError, OSError) as error:
@@ -114,7 +110,7 @@ def _judge(folder: RunFolder, record: Mapping[str, Any]) -> Reaped | None:
     return Reaped(folder.run_id, str(folder.path), "would fail", detail)
 
 
-def _reap(folder: RunFolder, tracking_uri: str | None, mongo_uri: str | None, mongo_db: str | None) -> Reaped | None:
+def _reap(folder: RunFolder, addresses: MirrorAddresses) -> Reaped | None:
     # Before anything is swept or noted: the lock of another host's live process may not be seen here.
     found = _examine(folder)
     if found is None or found.action != "would fail":
@@ -128,7 +124,7 @@ def _reap(folder: RunFolder, tracking_uri: str | None, mongo_uri: str | None, mo
         message = f"The process died without a word: {found.detail}"
         error = {"type": PROCESS_LOST, "message": message, "traceback": None}
         journal.update(status="failed", error=error, **_last_known(journal))
-        return _tell(folder, journal, replace(found, action="failed"), tracking_uri, mongo_uri, mongo_db)
+        return _tell(folder, journal, replace(found, action="failed"), addresses)
     finally:
         journal.close()
 
@@ -145,16 +141,9 @@ def _last_known(journal: RunJournal) -> dict[str, Any]:
     return {"ended_at": ended, "progress": progress}
 
 
-def _tell(
-    folder: RunFolder,
-    journal: RunJournal,
-    reaped: Reaped,
-    tracking_uri: str | None,
-    mongo_uri: str | None,
-    mongo_db: str | None,
-) -> Reaped:
+def _tell(folder: RunFolder, journal: RunJournal, reaped: Reaped, addresses: MirrorAddresses) -> Reaped:
     try:
-        sent = [send(folder, journal, m) for m in mirrors_of(journal.record, tracking_uri, mongo_uri, mongo_db)]
+        sent = [send(folder, journal, m) for m in mirrors_of(journal.record, addresses)]
         missed = [f"{result.mirror}: {result.error}" for result in sent if result.error]
     except ConfigError as error:
         missed = [str(error)]

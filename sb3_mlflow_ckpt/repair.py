@@ -7,7 +7,6 @@ two of them leaves what the next repair takes up; doing it twice changes nothing
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import shutil
 import tempfile
@@ -33,16 +32,17 @@ from sb3_mlflow_ckpt.replay_sweep import ChunkSweeper
 from sb3_mlflow_ckpt.state.embedded import read_embedded_metadata, read_part
 from sb3_mlflow_ckpt.verification import read_metadata, replacement_of, verify_checkpoint
 
-logger = logging.getLogger(__name__)
-
 _DAMAGE = (CheckpointError, OSError)
 # Not what a disk says that fails: nothing, or something else, lies there.
 _NOT_THERE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EFBIG)
 
+LEFT_ALONE = "left alone"
+"""The action on a folder that somebody uses: nothing was looked at."""
+
 
 @dataclass(frozen=True)
 class Repair:
-    """One defect of a run folder.
+    """One defect of a run folder, or that it was left alone.
 
     Attributes:
         folder: The run folder.
@@ -60,7 +60,7 @@ class Repair:
 def repair_runs(
     folders: Iterable[RunFolder], *, tracking_uri: str | None = None, dry_run: bool = False
 ) -> Iterator[Repair]:
-    """Repair run folders, and yield each defect when it is dealt with; a run that is training now is left alone.
+    """Repair run folders, and yield each defect when it is dealt with; a folder that is in use is left alone.
 
     Args:
         folders: The run folders.
@@ -71,15 +71,14 @@ def repair_runs(
         try:
             with FileLock(folder.lock, timeout=0), nobody_saves(folder) as free:
                 if not free:
-                    logger.info("%s is being saved to now and is left alone", folder.path)
-                    continue
+                    raise Timeout(str(folder.saving))
                 if not dry_run:
                     yield from _Repairer(folder, tracking_uri, dry_run=False).run()
             if dry_run:
                 # A run that is about to start must not find the folder taken by somebody who only looks.
                 yield from _Repairer(folder, tracking_uri, dry_run=True).run()
         except Timeout:
-            logger.info("%s is training now and is left alone", folder.path)
+            yield Repair(folder.path, "a process holds its lock: it trains, or another command works on it", LEFT_ALONE)
         except OSError as error:
             yield Repair(folder.path, f"it cannot be repaired: {error}", "left as it is", mended=False)
 

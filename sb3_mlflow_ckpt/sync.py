@@ -38,6 +38,24 @@ class SyncResult:
     outage: bool = False
 
 
+@dataclass(frozen=True)
+class MirrorAddresses:
+    """Where mirrors are, as far as somebody names them: the run's own address is taken where one is None.
+
+    Attributes:
+        tracking_uri: MLflow's tracking URI.
+        mongo_uri: The MongoDB.
+        mongo_db: The database's name.
+    """
+
+    tracking_uri: str | None = None
+    mongo_uri: str | None = None
+    mongo_db: str | None = None
+
+
+THE_RUNS_OWN = MirrorAddresses()
+
+
 class Healing(Mirror, Protocol):
     """A mirror that can be compared with the folder, whatever the ledger says that it has."""
 
@@ -53,12 +71,10 @@ class Healing(Mirror, Protocol):
 
 def sync_runs(
     checkpoint_dir: str | Path = "checkpoints",
+    addresses: MirrorAddresses = THE_RUNS_OWN,
     *,
     run_id: str | None = None,
     agent_id: str | None = None,
-    tracking_uri: str | None = None,
-    mongo_uri: str | None = None,
-    mongo_db: str | None = None,
     verify: bool = False,
 ) -> list[SyncResult]:
     """Make MLflow and MongoDB what the runs below a checkpoint folder say. Doing it twice changes nothing.
@@ -70,11 +86,9 @@ def sync_runs(
 
     Args:
         checkpoint_dir: The folder that holds agents' folders.
+        addresses: Where the mirrors are.
         run_id: Only this run.
         agent_id: Only this agent.
-        tracking_uri: MLflow's tracking URI; the run's own where it is None.
-        mongo_uri: The MongoDB; the run's own where it is None.
-        mongo_db: The database's name; the run's own where it is None.
         verify: Whether to download and hash the checkpoints in MLflow; names, sizes and metadata are compared always.
 
     Raises:
@@ -88,13 +102,11 @@ def sync_runs(
         result
         for folder in folders
         if folder.record.exists()
-        for result in _sync_folder(folder, (tracking_uri, mongo_uri, mongo_db), verify, down)
+        for result in _sync_folder(folder, addresses, verify, down)
     ]
 
 
-def _sync_folder(
-    folder: RunFolder, addresses: tuple[str | None, str | None, str | None], verify: bool, down: dict[str, str]
-) -> list[SyncResult]:
+def _sync_folder(folder: RunFolder, addresses: MirrorAddresses, verify: bool, down: dict[str, str]) -> list[SyncResult]:
     try:
         journal = RunJournal(folder)
     except RunFolderBusyError:
@@ -103,7 +115,7 @@ def _sync_folder(
         return [SyncResult(folder.path, "", str(error))]
     try:
         results = []
-        for mirror in mirrors_of(journal.record, *addresses):
+        for mirror in mirrors_of(journal.record, addresses):
             if mirror.address in down:
                 results.append(SyncResult(folder.path, mirror.name, down[mirror.address]))
                 continue
@@ -140,9 +152,7 @@ def send(folder: RunFolder, journal: RunJournal, mirror: Healing, *, verify: boo
     return SyncResult(folder.path, mirror.name, None, tuple(changes))
 
 
-def mirrors_of(
-    record: Mapping[str, Any], tracking_uri: str | None, mongo_uri: str | None, mongo_db: str | None
-) -> list[Healing]:
+def mirrors_of(record: Mapping[str, Any], addresses: MirrorAddresses) -> list[Healing]:
     """Return the mirrors of a run: those that its record names, at the addresses given or else at its own.
 
     Raises:
@@ -150,12 +160,12 @@ def mirrors_of(
     """
     mirrors: list[Healing] = []
     names = record.get("mirrors", ())
-    if tracking_uri is not None or "MLflow" in names:
+    if addresses.tracking_uri is not None or "MLflow" in names:
         from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror
 
         known = record.get("mlflow") or {}
         config = record.get("config") or {}
-        address = tracking_uri or _tracking_uri(known.get("tracking_uri"))
+        address = addresses.tracking_uri or _tracking_uri(known.get("tracking_uri"))
         mirrors.append(
             MLflowMirror(
                 address,
@@ -165,14 +175,14 @@ def mirrors_of(
                 keep_every_n_episodes=config.get("keep_every_n_episodes", 0),
             )
         )
-    if mongo_uri is not None or "MongoDB" in names:
+    if addresses.mongo_uri is not None or "MongoDB" in names:
         from sb3_mlflow_ckpt.mirrors.mongo import MongoMirror
 
         known = record.get("mongo") or {}
-        address = mongo_uri or known.get("uri")
+        address = addresses.mongo_uri or known.get("uri")
         if not address or _HIDDEN in address:
             raise ConfigError("mongo_uri", f"is needed: the record knows it without its password ({address})")
-        mirrors.append(MongoMirror(address, mongo_db or known.get("database") or _DATABASE))
+        mirrors.append(MongoMirror(address, addresses.mongo_db or known.get("database") or _DATABASE))
     return mirrors
 
 

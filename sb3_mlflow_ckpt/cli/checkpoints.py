@@ -6,13 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
 
 from sb3_mlflow_ckpt.cli.commands import FAILURE_EXIT_CODE, Group, print_json
 from sb3_mlflow_ckpt.cli.options import (
     agent_id_option,
     checkpoint_dir_option,
     json_option,
+    mirror_addresses,
     mongo_db_option,
     mongo_uri_option,
     run_id_option,
@@ -226,12 +226,9 @@ def sync_command(
 
     results = sync_runs(
         _existing(checkpoint_dir, run_id, agent_id),
+        mirror_addresses(ctx, tracking_uri, mongo_uri, mongo_db),
         run_id=run_id,
         agent_id=agent_id,
-        tracking_uri=tracking_uri,
-        mongo_uri=mongo_uri,
-        # The option's default must not win over the database that the run was sent to.
-        mongo_db=None if ctx.get_parameter_source("mongo_db") is ParameterSource.DEFAULT else mongo_db,
         verify=verify,
     )
     if as_json:

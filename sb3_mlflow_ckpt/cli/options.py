@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from sb3_mlflow_ckpt.cli.settings import Setting
+    from sb3_mlflow_ckpt.sync import MirrorAddresses
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -51,6 +53,16 @@ def with_options(*decorators: Callable[[_F], _F]) -> Callable[[_F], _F]:
         return function
 
     return decorate
+
+
+def mirror_addresses(
+    ctx: click.Context, tracking_uri: str | None, mongo_uri: str | None, mongo_db: str
+) -> MirrorAddresses:
+    """Return the addresses that a command names; the database's default must not win over the one that a run has."""
+    from sb3_mlflow_ckpt.sync import MirrorAddresses
+
+    is_default = ctx.get_parameter_source("mongo_db") is ParameterSource.DEFAULT
+    return MirrorAddresses(tracking_uri, mongo_uri, None if is_default else mongo_db)
 
 
 def training_options() -> list[click.Parameter]:

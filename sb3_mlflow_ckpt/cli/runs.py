@@ -6,13 +6,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
-from click.core import ParameterSource
 
 from sb3_mlflow_ckpt.cli.commands import FAILURE_EXIT_CODE, Group, print_json
 from sb3_mlflow_ckpt.cli.options import (
     agent_id_option,
     checkpoint_dir_option,
     json_option,
+    mirror_addresses,
     mongo_db_option,
     mongo_uri_option,
     run_id_option,
@@ -106,15 +106,11 @@ def runs_reap_command(
     """
     from sb3_mlflow_ckpt.reap import Reaped, reap_mlflow_orphans, reap_runs, tracking_uris
 
-    # The option's default must not win over the database that the run was sent to.
-    database = None if ctx.get_parameter_source("mongo_db") is ParameterSource.DEFAULT else mongo_db
     results = reap_runs(
         checkpoint_dir,
+        mirror_addresses(ctx, tracking_uri, mongo_uri, mongo_db),
         run_id=run_id,
         agent_id=agent_id,
-        tracking_uri=tracking_uri,
-        mongo_uri=mongo_uri,
-        mongo_db=database,
         dry_run=dry_run,
     )
     addresses: list[str | None] = []

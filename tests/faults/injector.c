@@ -65,8 +65,8 @@ void faults_arm(const char *root_, const char *ports_, const char *trace_, const
 /* Whether hard links are refused, as on a file system that has none. */
 void faults_forbid_links(int forbidden) { linkless = forbidden; }
 
-/* How many calls counted since. */
-long faults_seen(void) { return seen; }
+/* Whether the call came that the fault is put into. */
+int faults_came(void) { return at > 0 && seen >= at; }
 
 static const char *setting(const char *name) {
     const char *value = getenv(name);

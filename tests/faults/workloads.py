@@ -39,7 +39,7 @@ from sb3_mlflow_ckpt.repair import repair_runs
 from sb3_mlflow_ckpt.replication import Mirror
 from sb3_mlflow_ckpt.runs.document import new_record
 from sb3_mlflow_ckpt.state.replay.buffer import ReplayRecorder, restore_replay
-from sb3_mlflow_ckpt.sync import sync_runs
+from sb3_mlflow_ckpt.sync import MirrorAddresses, sync_runs
 
 CHECKPOINTS = Path("checkpoints")
 AGENT = "agent"
@@ -219,7 +219,7 @@ def sync(report: Report, context: Context) -> None:
     """Send what the mirrors miss, as the command does."""
     _in_experiment(context)
     results = sync_runs(
-        CHECKPOINTS, tracking_uri=context.mlflow or None, mongo_uri=context.mongo or None, mongo_db=context.database
+        CHECKPOINTS, MirrorAddresses(context.mlflow or None, context.mongo or None, context.database)
     )
     failed = [result.error for result in results if result.error]
     if failed:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from injector import Fault, arm
+from injector import Fault, arm, came
 
 Report = Callable[..., None]
 LONGEST = 120.0
@@ -108,6 +108,8 @@ def _child(
             traceback.print_exc()
             report(error=[type(error).__name__, *(base.__name__ for base in type(error).__mro__[1:])], message=str(error))
     finally:
+        if fault is not None and fault.action:
+            os.write(writing, json.dumps({"came": came()}).encode() + b"\n")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

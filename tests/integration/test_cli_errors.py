@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from journals import save, start_run
 from stable_baselines3 import PPO
 
 from sb3_mlflow_ckpt import checkpoints, trainer
@@ -343,24 +344,21 @@ def test_an_id_that_leaves_the_folder_is_refused(saved: list[Path], words: list[
     assert "'../x'" in fails("checkpoints", *words, option, "../x")
 
 
-def test_sync_prints_each_run_and_fails_if_one_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from sb3_mlflow_ckpt import sync
-
-    (tmp_path / "checkpoints" / "a" / "r").mkdir(parents=True)
-    results = [sync.SyncResult(Path("a"), "MLflow", None), sync.SyncResult(Path("b"), "", "it is training now")]
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(sync, "sync_runs", lambda folder, **ids: given.update(ids, folder=folder) or results)
-    done = run("checkpoints", "sync", "--mongo-uri", "mongodb://x", "--run-id", "r")
-    assert (done.exit_code, done.stdout) == (1, "a: MLflow: ok\nb: it is training now\n")
-    assert given == {
-        "folder": "checkpoints",
-        "run_id": "r",
-        "agent_id": None,
-        "tracking_uri": None,
-        "mongo_uri": "mongodb://x",
-        "mongo_db": None,  # then the database that the run was sent to
-        "verify": False,
-    }
+def test_sync_prints_each_run_and_fails_if_one_does(tmp_path: Path) -> None:
+    checkpoints, uri = tmp_path / "checkpoints", f"sqlite:///{tmp_path}/mlflow.db"
+    sent, busy = start_run(checkpoints, "a", mirrors=["MLflow"], mlflow={"tracking_uri": uri}), start_run(checkpoints, "b")
+    save(sent, 1)
+    sent.close()
+    done = run("checkpoints", "sync")
+    busy.close()
+    lines = done.stdout.splitlines()
+    assert "checkpoints/ppo_agent/a: MLflow: checkpoints/ep000001.zip is sent" in lines
+    assert lines[-2:] == [
+        "checkpoints/ppo_agent/a: MLflow: ok",
+        "checkpoints/ppo_agent/b: it is training now; its own process sends it",
+    ]
+    assert done.exit_code == 1
+    assert run("checkpoints", "sync", "--run-id", "a").exit_code == 0
 
 
 # Runs

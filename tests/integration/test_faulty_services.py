@@ -14,7 +14,7 @@ from processes import trainer, wait_for
 
 from sb3_mlflow_ckpt.errors import CheckpointNotFoundError
 from sb3_mlflow_ckpt.mirrors.artifacts import download_checkpoint
-from sb3_mlflow_ckpt.sync import sync_runs
+from sb3_mlflow_ckpt.sync import MirrorAddresses, sync_runs
 
 FAULTS = MODES[1:]
 
@@ -125,7 +125,7 @@ def test_services_that_are_broken_from_the_start_to_the_end_are_sent_everything_
     assert log.count("misses a part of this run") == 2
     assert "Traceback" not in log
     proxied.set("pass")
-    results = sync_runs(training.checkpoint_dir, tracking_uri=proxied.tracking_uri, mongo_uri=proxied.mongo_uri)
+    results = sync_runs(training.checkpoint_dir, MirrorAddresses(proxied.tracking_uri, proxied.mongo_uri))
     assert [result.error for result in results] == [None, None]
     training.assert_nothing_is_missing(proxied, tmp_path / "download")
     assert [result.changes for result in sync_runs(training.checkpoint_dir, verify=True)] == [(), ()]

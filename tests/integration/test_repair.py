@@ -19,7 +19,7 @@ from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, list_checkpoints, sav
 from sb3_mlflow_ckpt.journal import RunJournal, read_record
 from sb3_mlflow_ckpt.layout import RunFolder, metadata_path
 from sb3_mlflow_ckpt.live_run import LiveRun, RunOptions
-from sb3_mlflow_ckpt.repair import Repair, repair_runs
+from sb3_mlflow_ckpt.repair import LEFT_ALONE, Repair, repair_runs
 from sb3_mlflow_ckpt.runs.folder import FolderRuns, read_curve
 
 TINY = {"policy_kwargs": {"net_arch": [4]}, "device": "cpu"}
@@ -187,7 +187,8 @@ def test_a_run_that_trains_is_left_alone(folder: RunFolder) -> None:
     journal = RunJournal(folder)
     metadata_path(checkpoints(folder)[-1]).write_text("{")
     before = content(folder)
-    assert [*repair_runs([folder])] == []
+    [told] = repair_runs([folder])
+    assert (told.folder, told.action, told.mended) == (folder.path, LEFT_ALONE, True)
     assert content(folder) == before
     journal.close()
 

@@ -27,7 +27,7 @@ from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror
 from sb3_mlflow_ckpt.mirrors.naming import LATEST_TAG
 from sb3_mlflow_ckpt.runs.folder import FolderRuns, read_ledger
 from sb3_mlflow_ckpt.runs.mongo import CHECKPOINTS, METRICS, RUNS, MongoRuns
-from sb3_mlflow_ckpt.sync import SyncResult, sync_runs
+from sb3_mlflow_ckpt.sync import MirrorAddresses, SyncResult, sync_runs
 
 CHUNK = "000000000000-000000000010-0a1b2c3d.zst"
 ENDED = "2026-01-01T00:01:00.000Z"
@@ -117,8 +117,8 @@ def _mirrored_run(tracking: Tracking, **fields: Any) -> tuple[RunFolder, str]:
     return journal.folder, run_id
 
 
-def _sync(folder: RunFolder, **options: Any) -> list[str]:
-    [result] = sync_runs(folder.checkpoint_dir, run_id=folder.run_id, **options)
+def _sync(folder: RunFolder, *, verify: bool = False) -> list[str]:
+    [result] = sync_runs(folder.checkpoint_dir, run_id=folder.run_id, verify=verify)
     assert result.error is None, result.error
     return list(result.changes)
 
@@ -281,7 +281,7 @@ def _documents(uri: str, database: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def _sync_mongo(uri: str, database: str) -> list[SyncResult]:
-    results = sync_runs("checkpoints", mongo_uri=uri, mongo_db=database)
+    results = sync_runs("checkpoints", MirrorAddresses(mongo_uri=uri, mongo_db=database))
     assert {result.error for result in results} == {None}
     return results
 

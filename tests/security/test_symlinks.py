@@ -19,7 +19,7 @@ from sb3_mlflow_ckpt.cli import main
 from sb3_mlflow_ckpt.config import Layer, build_config
 from sb3_mlflow_ckpt.errors import CheckpointError, ForeignFileError
 from sb3_mlflow_ckpt.layout import RunFolder
-from sb3_mlflow_ckpt.sync import sync_runs
+from sb3_mlflow_ckpt.sync import MirrorAddresses, sync_runs
 from sb3_mlflow_ckpt.trainer import train
 from sb3_mlflow_ckpt.verification import verify_checkpoint
 
@@ -129,7 +129,7 @@ def test_a_link_in_the_place_of_a_checkpoint_is_not_uploaded(tmp_path: Path, out
     run = client.create_run(experiment)
     journal = journals.start_run(tmp_path / "checkpoints", "mine", mirrors=["MLflow"], mlflow={"tracking_uri": uri, "run_id": run.info.run_id})  # fmt: skip
     journal.close()
-    sync_runs(tmp_path / "checkpoints", tracking_uri=uri)
+    sync_runs(tmp_path / "checkpoints", MirrorAddresses(uri))
     uploaded = [path for path in tmp_path.rglob("ep00000*.zip") if "checkpoints/ppo_agent" not in str(path)]
     assert [path.name for path in uploaded] == ["ep000002.zip"]
 
