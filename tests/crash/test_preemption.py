@@ -208,10 +208,12 @@ def test_a_save_that_is_under_way_is_finished_and_the_last_state_saved_after_it(
     training.release()
     # Which of several came first is not known where they come at once: then the lowest number counts.
     assert training.end() in (130, 143)
-    training.assert_interrupted()
+    record = training.assert_interrupted()
     saved = [path.name for path in list_checkpoints(training.checkpoint_dir)]
     assert "ep000020.zip" in saved
-    assert training.newest.trigger == "signal" and training.newest.episode >= 20
+    # Where the interval's own checkpoint falls due at that very moment, it is the one.
+    assert training.newest.trigger in ("signal", "interval")
+    assert training.newest.num_timesteps == record["progress"]["num_timesteps"]
 
 
 def test_a_disk_that_hangs_costs_no_committed_checkpoint(tmp_path: Path) -> None:
