@@ -187,6 +187,7 @@ def _run_script(total_timesteps: int, result: Path) -> None:
     from stable_baselines3.common.callbacks import BaseCallback
 
     class _Last(BaseCallback):
+        hashes: dict[str, str] | None = None
         episodes_of: Any = None
         evaluated: Any = None
 
@@ -201,7 +202,8 @@ def _run_script(total_timesteps: int, result: Path) -> None:
 
     last = _Last()
     own_script.train(total_timesteps, last)
-    result.write_text(json.dumps(last.hashes | {"evaluations": digest(last.evaluated)}))
+    if last.hashes is not None:
+        result.write_text(json.dumps(last.hashes | {"evaluations": digest(last.evaluated)}))
 
 
 class Matrix:

@@ -16,6 +16,8 @@ from sb3_mlflow_ckpt import CheckpointableEnv, EpisodeCheckpointCallback, latest
 def train(total_timesteps: int, last: Any) -> None:
     """Train to a target, from the newest checkpoint in the current folder on if there is one.
 
+    Does nothing where that checkpoint has reached the target.
+
     Args:
         total_timesteps: The target of the whole training.
         last: A callback beside ours.
@@ -27,6 +29,8 @@ def train(total_timesteps: int, last: Any) -> None:
         model: Any = PPO("MlpPolicy", env, n_steps=32, batch_size=32, n_epochs=2, seed=5, device="cpu")
     else:
         model, _, _ = load_checkpoint(path, env=env, device="cpu")
+    if model.num_timesteps >= total_timesteps:
+        return
     evaluation = EvalCallback(
         VecNormalize(VecMonitor(make_vec_env("CartPole-v1", seed=6)), training=False),
         best_model_save_path="best",
