@@ -117,6 +117,20 @@ class InvalidIdError(CheckpointError, ValueError):
     """An agent id or run id could leave its folder, or cannot name one everywhere."""
 
 
+class InvalidQueryError(ValueError):
+    """A question about runs that cannot be answered as it is asked.
+
+    Args:
+        parameter: What is wrong with it: `sort`, `cursor`, ...
+        problem: Why, and what would do.
+    """
+
+    def __init__(self, parameter: str, problem: str) -> None:
+        self.parameter = parameter
+        self.problem = printable(problem)
+        super().__init__(f"{parameter}: {self.problem}")
+
+
 class RunNotFoundError(CheckpointError, LookupError):
     """No run record with this id.
 

@@ -5,7 +5,8 @@ Never imports a store's client.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol, TypeAlias
 
@@ -16,6 +17,8 @@ from sb3_mlflow_ckpt.runs.document import derived_status
 Document: TypeAlias = dict[str, Any]
 # A class with a method named `list` cannot say `list[...]` in its own annotations.
 Documents: TypeAlias = list[Document]
+
+SPARKLINE_POINTS = 48
 
 
 class RunReader(Protocol):
@@ -46,14 +49,76 @@ class RunReader(Protocol):
         """
         ...
 
-    def curve(self, run_id: str) -> Documents:
+    def record(self, run_id: str) -> Document:
+        """Return a run's record without its `checkpoint_paths`; raises as `get` does."""
+        ...
+
+    def checkpoints(self, run_id: str, *, before: int | None = None, limit: int | None = None) -> Documents:
+        """Return items of `checkpoint_paths`, ascending by episode; raises as `get` does.
+
+        Args:
+            run_id: The id.
+            before: Only episodes below this one.
+            limit: Only so many, the highest.
+        """
+        ...
+
+    def curve(self, run_id: str, points: int | None = None) -> Documents:
         """Return the points of a run's learning curve in the order in which they were made.
+
+        Args:
+            run_id: The id.
+            points: At most so many, evenly spread, the first and the last among them; all where it is None.
 
         Raises:
             RunNotFoundError: There is no such run.
             MirrorUnavailableError: The store is a server, and does not answer.
         """
         ...
+
+    def version(self, run_id: str) -> str:
+        """Return a text that is another one whenever anything that is shown of the run has changed; raises as `get` does.
+
+        Asking for it reads neither checkpoints nor the curve.
+        """
+        ...
+
+    def summaries(self) -> Documents:
+        """Return the summary of every run (see `summaries.summarize`), in no order. They are not to be changed.
+
+        What was read is kept, and only what has changed since is read again.
+
+        Raises:
+            MirrorUnavailableError: The store is a server, and does not answer.
+        """
+        ...
+
+    def glances(self, run_ids: Sequence[str]) -> dict[str, Glance]:
+        """Return what a list shows beside the summaries of some runs; what has not changed is not read again.
+
+        Raises:
+            MirrorUnavailableError: The store is a server, and does not answer.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Glance:
+    """What a list shows of a run's checkpoints and curve.
+
+    Attributes:
+        checkpoints: How many the run has committed.
+        resumable: How many of them are on disk or in a mirror.
+        waiting: How many are on disk and in no mirror, although the run has a mirror for them.
+        latest: The newest that is on disk or in a mirror, as an item of `checkpoint_paths`.
+        rewards: `(num_timesteps, ep_rew_mean)` of at most `SPARKLINE_POINTS` points of the curve.
+    """
+
+    checkpoints: int = 0
+    resumable: int = 0
+    waiting: int = 0
+    latest: Document | None = None
+    rewards: tuple[tuple[int, float], ...] = ()
 
 
 def summary(record: Mapping[str, Any], now: datetime | None = None, seen: datetime | None = None) -> Document:
