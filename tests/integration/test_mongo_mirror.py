@@ -26,9 +26,10 @@ from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.mirrors.mongo import MongoMirror
 from sb3_mlflow_ckpt.replication import Mirror, Replicator
-from sb3_mlflow_ckpt.runs import mongo
+from sb3_mlflow_ckpt.runs import mongo_database
 from sb3_mlflow_ckpt.runs.folder import FolderRuns
-from sb3_mlflow_ckpt.runs.mongo import LazyDatabase, MongoRuns, connect, open_database
+from sb3_mlflow_ckpt.runs.mongo import MongoRuns
+from sb3_mlflow_ckpt.runs.mongo_database import LazyDatabase, connect, open_database
 
 RUN = "0123456789abcdef0123456789abcdef"
 
@@ -66,7 +67,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
     def client(*args: Any, **options: Any) -> MongoClient[dict[str, Any]]:
         return MongoClient(*args, event_listeners=[listener], **options)
 
-    monkeypatch.setattr(mongo, "MongoClient", client)
+    monkeypatch.setattr(mongo_database, "MongoClient", client)
     return listener
 
 

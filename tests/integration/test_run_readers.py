@@ -15,9 +15,9 @@ import pytest
 from journals import add_point, commit, mirror, prune, save, start_run
 from pymongo import MongoClient
 
-from sb3_mlflow_ckpt.atomic import append_line
 from sb3_mlflow_ckpt.errors import CheckpointCorruptError, CheckpointNotFoundError, RunNotFoundError
 from sb3_mlflow_ckpt.journal import RunJournal
+from sb3_mlflow_ckpt.json_lines import append_line
 from sb3_mlflow_ckpt.layout import RunFolder, pin_path
 from sb3_mlflow_ckpt.mirrors.mongo import MongoMirror
 from sb3_mlflow_ckpt.pins import pin_checkpoint, unpin_checkpoint

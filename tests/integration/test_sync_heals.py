@@ -26,7 +26,8 @@ from sb3_mlflow_ckpt.metadata import FileEntry
 from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror
 from sb3_mlflow_ckpt.mirrors.naming import LATEST_TAG
 from sb3_mlflow_ckpt.runs.folder import FolderRuns, read_ledger
-from sb3_mlflow_ckpt.runs.mongo import CHECKPOINTS, METRICS, RUNS, MongoRuns
+from sb3_mlflow_ckpt.runs.mongo import MongoRuns
+from sb3_mlflow_ckpt.runs.mongo_database import CHECKPOINTS, METRICS, RUNS
 from sb3_mlflow_ckpt.sync import MirrorAddresses, SyncResult, sync_runs
 
 CHUNK = "000000000000-000000000010-0a1b2c3d.zst"
