@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 
 Stamp: TypeAlias = tuple[int, int, int]
 
-# Looking at every file again takes at most a fifth of the time, however slow a network's file system is.
+# A look at all files that takes longer than this is not repeated at once: it takes at most a fifth of the time, however
+# slow a network's file system is.
+_QUICK_SECONDS = 0.02
 _PAUSE_PER_LOOK = 4
 
 
@@ -63,7 +65,7 @@ class FolderIndex:
         """Return the summary of every run that can be read."""
         with self._lock:
             ended, took = self._looked
-            if time.monotonic() - ended > _PAUSE_PER_LOOK * took:
+            if took < _QUICK_SECONDS or time.monotonic() - ended > _PAUSE_PER_LOOK * took:
                 began = time.monotonic()
                 self._look()
                 ended = time.monotonic()
