@@ -8,18 +8,10 @@ takes to answer, its memory and the weight of its pages. `--mongo-uri` names a d
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 import random
-import shutil
-import statistics
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
