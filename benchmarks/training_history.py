@@ -9,16 +9,32 @@ takes to answer, its memory and the weight of its pages. `--mongo-uri` names a d
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from sb3_mlflow_ckpt.atomic import dump_json
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, FileEntry
-from sb3_mlflow_ckpt.runs.document import new_record
+from sb3_mlflow_ckpt.runs.curve import read_points
+from sb3_mlflow_ckpt.runs.document import SCHEMA_VERSION, new_record
+from sb3_mlflow_ckpt.runs.folder import FolderRuns
+from sb3_mlflow_ckpt.runs.mongo_database import (
+    ATTEMPT,
+    CHECKPOINTS,
+    END,
+    LEVEL,
+    METRICS,
+    RUNS,
+    SEEN_AT,
+    UPDATED_AT,
+    encode,
+    open_database,
+)
 
 AGENTS = ("ppo_agent", "dqn_agent", "sac_agent", "a2c_agent")
 ENVIRONMENTS = ("CartPole-v1", "LunarLander-v3", "Pendulum-v1", "Ant-v5")
@@ -46,7 +62,7 @@ def record_of(number: int, run_id: str, chance: random.Random) -> dict[str, Any]
         parent=None,
         root_run_id=None,
         heartbeat_seconds=10.0,
-        environment={"host": f"node-{number % 16}", "pid": number, "command": "train " * 20, "versions": {"python": "3.11"}},
+        environment={"host": f"node-{number % 16}", "pid": number, "command": "train " * 20},
     )
     ended = None if status == "running" else stamp(600 * number + 86_400)
     progress = {**record["progress"], "num_timesteps": 1_000_000, "episode": 5000, "mean_reward": chance.gauss(100, 50)}
@@ -89,7 +105,7 @@ def write_run(folder: RunFolder, record: dict[str, Any], points: Iterator[dict[s
             path.write_bytes(content)
             folder.metadata(episode).write_bytes(dump_json(metadata.to_json()))
             facts = {"episode": episode, "num_timesteps": 200 * episode, "timestamp": stamp(100 * episode)}
-            saved = {**facts, "bytes": entry.bytes, "sha256": entry.sha256, "mean_reward": float(episode), "trigger": "interval"}
+            saved = {**facts, "bytes": entry.bytes, "sha256": entry.sha256, "mean_reward": float(episode)}
             file.write(dump_json({"event": "saved", **saved}, indent=None))
 
 
@@ -102,3 +118,29 @@ def write_runs(checkpoint_dir: Path, runs: int, checkpoints: int, points: int) -
         write_run(RunFolder(checkpoint_dir, record["agent_id"], run_id), record, points_of(50, chance), 3)
     record = {**record_of(0, BIG, chance), "started_at": stamp(600 * runs + 600), "status": "completed"}
     write_run(RunFolder(checkpoint_dir, record["agent_id"], BIG), record, points_of(points, chance), checkpoints)
+
+
+def fill_database(uri: str, database: str, checkpoint_dir: Path) -> None:
+    """Write all runs to a database as the mirror would, many documents at a time."""
+    opened = open_database(uri, database)
+    runs = FolderRuns(checkpoint_dir)
+    folders = [RunFolder(checkpoint_dir, run["agent_id"], run["run_id"]) for run in runs.summaries()]
+    now = datetime.now(timezone.utc)
+
+    def documents(collection: str) -> Iterator[dict[str, Any]]:
+        for folder in folders:
+            own = {"run_id": folder.run_id, "schema_version": SCHEMA_VERSION, ATTEMPT: 1}
+            if collection == RUNS:
+                record = encode(json.loads(folder.record.read_bytes()))
+                yield {"_id": folder.run_id, **record, UPDATED_AT: now, SEEN_AT: now}
+            elif collection == CHECKPOINTS:
+                yield from ({**encode(item), **own} for item in runs.checkpoints(folder.run_id))
+            else:
+                for placed in read_points(folder.metrics)[0]:
+                    yield {**encode(placed.point), LEVEL: placed.level, END: placed.end, **own}
+
+    for collection in (RUNS, CHECKPOINTS, METRICS):
+        rest = documents(collection)
+        while batch := [*islice(rest, 1000)]:
+            opened[collection].insert_many(batch, ordered=False)
+    opened.client.close()
