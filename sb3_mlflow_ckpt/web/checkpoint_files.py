@@ -10,7 +10,6 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -154,18 +153,16 @@ def _open(folder: RunFolder, episode: int) -> tuple[BinaryIO, FileEntry]:
     """Open a checkpoint's zip, which from then on may be pruned or saved anew."""
     path = folder.model(episode)
     for is_last in (False, True):
-        with ExitStack() as stack:
-            file = stack.enter_context(atomic.opened(path))
+        with atomic.opened(path) as file:
             files = read_metadata(path).files
             size = os.fstat(file.fileno()).st_size
             if files and files[0].bytes == size:
-                stack.pop_all()
-                return file, files[0]
-            # Saved anew between the two looks; or damaged.
-            if is_last:
-                said = files[0].bytes if files else "nothing"
-                detail = f"The file has {size} bytes, its metadata says {said}: it is damaged"
-                raise ProblemError(Problem(409, detail, "checkpoint-damaged"))
+                return open(os.dup(file.fileno()), "rb"), files[0]
+        # Saved anew between the two looks; or damaged.
+        if is_last:
+            said = f"{files[0].bytes}" if files else "nothing"
+            detail = f"The file has {size} bytes, its metadata says {said}: it is damaged"
+            raise ProblemError(Problem(409, detail, "checkpoint-damaged"))
     raise AssertionError("unreachable")
 
 

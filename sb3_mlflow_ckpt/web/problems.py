@@ -63,6 +63,9 @@ class ProblemError(Exception):
         super().__init__(problem.detail)
 
 
+NOTHING_THERE = Problem(404, "There is nothing at this address", "not-found")
+
+
 def not_found(what: str) -> ProblemError:
     """Return the error that says that something is not there."""
     return ProblemError(Problem(404, what, "not-found"))
@@ -109,6 +112,8 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, RequestValidationError):
         return _validation_problem(error)
     if isinstance(error, HTTPException):
+        if error.status_code == 404:
+            return NOTHING_THERE
         return Problem(error.status_code, str(error.detail), headers=error.headers or {})
     return Problem(500, "The server failed to answer; its log says why", "internal-error")
 
@@ -117,7 +122,7 @@ def _validation_problem(error: RequestValidationError) -> Problem:
     found = [(tuple(map(str, item["loc"])), str(item["msg"])) for item in error.errors()]
     if any(place[0] == "path" for place, _ in found):
         # An address that names nothing, whatever is wrong with it.
-        return Problem(404, "There is nothing at this address", "not-found")
+        return NOTHING_THERE
     return _invalid([{"parameter": ".".join(place[1:]), "problem": message} for place, message in found])
 
 
