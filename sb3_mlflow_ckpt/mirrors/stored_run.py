@@ -87,7 +87,8 @@ class StoredRun:
             if self.superseded:
                 raise SupersededError from None
             raise
-        self.change({}, beats=beats)
+        if beats:
+            self.change({}, beats=True)
 
     def upsert(self, collection: str, items: _Items, key: Sequence[str]) -> None:
         """Write encoded documents, each known by `key` among the run's.

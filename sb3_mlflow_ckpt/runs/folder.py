@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ from sb3_mlflow_ckpt.ledger import CheckpointLedger, corrections
 from sb3_mlflow_ckpt.pins import pinned_episodes
 from sb3_mlflow_ckpt.runs.curve import read_curve
 from sb3_mlflow_ckpt.runs.document import checkpoint_entry, last_sign_of_life
-from sb3_mlflow_ckpt.runs.folder_index import FolderIndex, run_stamps, subfolders
+from sb3_mlflow_ckpt.runs.folder_index import FolderIndex, Kept, checkpoint_stamps, run_stamps, subfolders
 from sb3_mlflow_ckpt.runs.reader import SPARKLINE_POINTS, Document, Documents, Glance, glance, spellings, summary
 
 logger = logging.getLogger(__name__)
+
+_RUNS_WITH_ITEMS = 64
+_RUNS_WITH_GLANCES = 4096
 
 
 def read_run(folder: RunFolder) -> dict[str, Any]:
@@ -35,10 +38,7 @@ def read_run(folder: RunFolder) -> dict[str, Any]:
         CheckpointNotFoundError: The folder holds no record.
         CheckpointCorruptError: The record cannot be understood, or is another run's.
     """
-    record = _checked_record(folder)
-    ledger = read_ledger(folder)
-    pinned = pinned_episodes(folder)
-    return {**record, "checkpoint_paths": [entry(folder, ledger, episode, pinned) for episode in sorted(ledger.saved)]}
+    return {**_checked_record(folder), "checkpoint_paths": _read_items(folder)}
 
 
 def read_ledger(folder: RunFolder) -> CheckpointLedger:
@@ -73,11 +73,13 @@ class FolderRuns:
     def __init__(self, checkpoint_dir: str | os.PathLike[str]) -> None:
         self.checkpoint_dir = Path(checkpoint_dir).absolute()
         self._index = FolderIndex(self.checkpoint_dir, _checked_record)
+        self._items = Kept(_RUNS_WITH_ITEMS, _read_items, checkpoint_stamps)
+        self._seen = Kept(_RUNS_WITH_GLANCES, self._glance, run_stamps)
 
     def get(self, run_id: str) -> Document:
         """Return a run's record with its derived status and its `checkpoint_paths`."""
         with self._found(run_id) as folder:
-            return shown(folder, read_run(folder))
+            return {**shown(folder, _checked_record(folder)), "checkpoint_paths": [*self._items.get(folder)]}
 
     def record(self, run_id: str) -> Document:
         """Return a run's record with its derived status."""
@@ -88,10 +90,9 @@ class FolderRuns:
         """Return items of `checkpoint_paths`, ascending by episode."""
         with self._found(run_id) as folder:
             _checked_record(folder)
-            ledger, pinned = read_ledger(folder), pinned_episodes(folder)
-            episodes = sorted(episode for episode in ledger.saved if before is None or episode < before)
-            wanted = episodes if limit is None else episodes[max(0, len(episodes) - limit) :]
-            return [entry(folder, ledger, episode, pinned) for episode in wanted]
+            items = self._items.get(folder)
+            end = len(items) if before is None else bisect_left(items, before, key=lambda item: int(item["episode"]))
+            return items[0 if limit is None else max(0, end - limit) : end]
 
     def curve(self, run_id: str, points: int | None = None) -> Documents:
         """Return the points of a run's learning curve, by time."""
@@ -116,12 +117,14 @@ class FolderRuns:
 
     def glances(self, run_ids: Sequence[str]) -> dict[str, Glance]:
         """Return what a list shows beside the summaries of some runs."""
-        return dict(self._glances(run_ids))
-
-    def _glances(self, run_ids: Sequence[str]) -> Iterator[tuple[str, Glance]]:
+        found = {}
         for run_id in run_ids:
             with suppress(RunNotFoundError), self._found(run_id) as folder:
-                yield run_id, self._index.glance(folder, partial(_read_glance, folder))
+                found[run_id] = self._seen.get(folder)
+        return found
+
+    def _glance(self, folder: RunFolder) -> Glance:
+        return glance(_checked_record(folder), self._items.get(folder), read_curve(folder, SPARKLINE_POINTS))
 
     def _records(self, agent_id: str | None) -> Iterator[Document]:
         for folder in self._folders(agent_id):
@@ -153,6 +156,9 @@ class FolderRuns:
             raise RunNotFoundError(run_id, self.checkpoint_dir) from error
 
     def _find(self, run_id: str) -> RunFolder:
+        known = self._index.folder(run_id)
+        if known is not None and known.record.is_file():
+            return known
         for agent in subfolders(self.checkpoint_dir):
             for spelling in spellings(run_id):
                 folder = _folder(self.checkpoint_dir, agent, spelling)
@@ -161,9 +167,9 @@ class FolderRuns:
         raise RunNotFoundError(run_id, self.checkpoint_dir)
 
 
-def _read_glance(folder: RunFolder) -> Glance:
-    document = read_run(folder)
-    return glance(document, document["checkpoint_paths"], read_curve(folder, SPARKLINE_POINTS))
+def _read_items(folder: RunFolder) -> Documents:
+    ledger, pinned = read_ledger(folder), pinned_episodes(folder)
+    return [entry(folder, ledger, episode, pinned) for episode in sorted(ledger.saved)]
 
 
 def shown(folder: RunFolder, record: dict[str, Any]) -> Document:

@@ -9,22 +9,26 @@ import logging
 import os
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TypeAlias
+from typing import Generic, TypeAlias, TypeVar
 
 from sb3_mlflow_ckpt.errors import CheckpointCorruptError, InvalidIdError
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.runs.document import derived_status, last_sign_of_life
-from sb3_mlflow_ckpt.runs.reader import Document, Documents, Glance, may_change_by_itself
+from sb3_mlflow_ckpt.runs.reader import Document, Documents, may_change_by_itself
 from sb3_mlflow_ckpt.runs.summaries import summarize
 
 logger = logging.getLogger(__name__)
 
 Stamp: TypeAlias = tuple[int, int, int]
+_T = TypeVar("_T")
 
-# Looking at every file again takes at most a fifth of the time, however slow a network's file system is.
+# A look at all files that takes longer than this is not repeated at once: it takes at most a fifth of the time, however
+# slow a network's file system is.
+_QUICK_SECONDS = 0.02
 _PAUSE_PER_LOOK = 4
 
 
@@ -39,8 +43,43 @@ def stamp(path: Path) -> Stamp | None:
 
 def run_stamps(folder: RunFolder) -> tuple[Stamp | None, ...]:
     """Return what is another whenever anything that is shown of a run is changed."""
+    return *checkpoint_stamps(folder), stamp(folder.record), stamp(folder.metrics)
+
+
+def checkpoint_stamps(folder: RunFolder) -> tuple[Stamp | None, ...]:
+    """Return what is another whenever anything that is shown of a run's checkpoints is changed."""
     # The folder itself: a checkpoint or a pin that comes or goes.
-    return tuple(stamp(path) for path in (folder.record, folder.metrics, folder.events, folder.path))
+    return stamp(folder.events), stamp(folder.path)
+
+
+class Kept(Generic[_T]):
+    """What was read of some folders, the least used of it forgotten first. Safe to use from any thread.
+
+    Args:
+        at_most: Of how many folders.
+        read: Reads it.
+        stamps: What is another whenever it changes.
+    """
+
+    def __init__(
+        self, at_most: int, read: Callable[[RunFolder], _T], stamps: Callable[[RunFolder], tuple[Stamp | None, ...]]
+    ) -> None:
+        self._at_most, self._read, self._stamps = at_most, read, stamps
+        self._found: OrderedDict[RunFolder, tuple[tuple[Stamp | None, ...], _T]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, folder: RunFolder) -> _T:
+        """Return what is kept, or where files have changed since what is read now."""
+        # Before it is read: what changes meanwhile is read again.
+        stamps = self._stamps(folder)
+        with self._lock:
+            kept = self._found.pop(folder, None)
+        found = kept if kept is not None and kept[0] == stamps else (stamps, self._read(folder))
+        with self._lock:
+            self._found[folder] = found
+            while len(self._found) > self._at_most:
+                self._found.popitem(last=False)
+        return found[1]
 
 
 class FolderIndex:
@@ -55,7 +94,7 @@ class FolderIndex:
         self._checkpoint_dir = checkpoint_dir
         self._read = read
         self._kept: dict[tuple[str, str], _Kept] = {}
-        self._glances: dict[str, tuple[object, Glance]] = {}
+        self._folders: dict[str, RunFolder] = {}
         self._lock = threading.Lock()
         self._looked = (float("-inf"), 0.0)
 
@@ -63,7 +102,7 @@ class FolderIndex:
         """Return the summary of every run that can be read."""
         with self._lock:
             ended, took = self._looked
-            if time.monotonic() - ended > _PAUSE_PER_LOOK * took:
+            if took < _QUICK_SECONDS or time.monotonic() - ended > _PAUSE_PER_LOOK * took:
                 began = time.monotonic()
                 self._look()
                 ended = time.monotonic()
@@ -72,13 +111,9 @@ class FolderIndex:
         now = datetime.now(timezone.utc)
         return [shown for entry in kept if (shown := entry.shown(now)) is not None]
 
-    def glance(self, folder: RunFolder, read: Callable[[], Glance]) -> Glance:
-        """Return a run's glance: the one that is kept, or where its files have changed what `read` returns."""
-        stamps = run_stamps(folder)
-        found = self._glances.get(folder.run_id)
-        if found is None or found[0] != (folder, stamps):
-            found = self._glances[folder.run_id] = ((folder, stamps), read())
-        return found[1]
+    def folder(self, run_id: str) -> RunFolder | None:
+        """Return the folder of a run whose summary was read; whether it is still there is not looked at."""
+        return self._folders.get(run_id)
 
     def _look(self) -> None:
         there = set()
@@ -90,9 +125,10 @@ class FolderIndex:
                     known = self._kept[key] = _Kept(RunFolder(self._checkpoint_dir, *key))
                 except InvalidIdError:
                     continue
+                self._folders.setdefault(key[1], known.folder)
             known.refresh(self._read)
         for key in self._kept.keys() - there:
-            self._glances.pop(key[1], None)
+            self._folders.pop(key[1], None)
             del self._kept[key]
 
     def _names(self) -> Iterator[tuple[str, str]]:
@@ -108,10 +144,10 @@ class _Kept:
         folder: The run's.
     """
 
-    __slots__ = ("_folder", "_path", "_stamp", "_summary")
+    __slots__ = ("_path", "_stamp", "_summary", "folder")
 
     def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
+        self.folder = folder
         self._path = folder.record
         self._stamp: Stamp | None = None
         self._summary: Document | None = None
@@ -123,7 +159,7 @@ class _Kept:
         self._stamp, self._summary = now, None
         if now is not None:
             try:
-                self._summary = summarize(read(self._folder))
+                self._summary = summarize(read(self.folder))
             except (OSError, CheckpointCorruptError) as error:
                 logger.warning("A run is passed over: %s", error)
 

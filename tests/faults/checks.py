@@ -95,6 +95,8 @@ def settled(report: Report, workload: Workload) -> None:
     """Look at what the next process left when it had gone on to the end: what an undisturbed one leaves."""
     for folder in sorted(path for path in (CHECKPOINTS / AGENT).iterdir() if path.is_dir()):
         run = RunFolder(CHECKPOINTS, AGENT, folder.name)
+        if not run.record.exists() and not [*folder.glob("ep*")]:
+            continue  # It was killed between the folder and its record: there was nothing yet.
         left = [str(path) for path in folder.rglob("*") if path.name.startswith(TEMPORARY_PREFIX)]
         if left:
             report(lost=f"half-written files stay: {left}")
@@ -127,8 +129,12 @@ def mirrors(report: Report, context: Context) -> None:
     runs = client.search_runs([experiment.experiment_id])
     folders = FolderRuns(CHECKPOINTS)
     documents = [folders.get(run["run_id"]) for run in folders.list()]
-    if len(runs) != len(documents):
-        report(lost=f"MLflow has {len(runs)} runs of {len(documents)}")
+    known = {document["mlflow"]["run_id"] for document in documents}
+    opened = [run.info.run_id for run in runs if run.info.run_id not in known]
+    # MLflow names a run before there is a folder for it: a kill in between leaves one that `runs reap` settles.
+    empty = all(run.info.status == "RUNNING" and not run.data.metrics for run in runs if run.info.run_id in opened)
+    if len(opened) > 1 or not empty or any(client.list_artifacts(run_id) for run_id in opened):
+        report(lost=f"MLflow has the runs {opened} beside {sorted(known)}")
     for document in documents:
         run_id = document["mlflow"]["run_id"]
         folder = RunFolder(CHECKPOINTS, AGENT, document["run_id"])
