@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import click
 
 from sb3_mlflow_ckpt.cli.commands import Command
 from sb3_mlflow_ckpt.cli.options import checkpoint_dir_option, mongo_db_option, mongo_uri_option, with_options
-from sb3_mlflow_ckpt.errors import ConfigError
+from sb3_mlflow_ckpt.errors import ConfigError, MirrorUnavailableError, RunNotFoundError
 from sb3_mlflow_ckpt.printable import printable
 
 if TYPE_CHECKING:
@@ -102,18 +103,25 @@ def serve_command(
     listeners = [listen(host, port, "--port")]
     if ui_port != port or port == 0:
         listeners.append(listen(host, ui_port, "--ui-port"))
-    shown = "localhost" if host in ("127.0.0.1", "::1", "0.0.0.0", "::") else host
-    if host not in _LOOPBACK:
-        shown = allowed_hosts[0]
-    ask = f"?token={token}" if made else ""
-    pages = f"http://{shown}:{port_of(listeners[-1])}{settings.root_path}/training"
-    click.echo(printable(f"Training History: {pages}{ask}"))
-    click.echo(
-        printable(f"REST API:         http://{shown}:{port_of(listeners[0])}{settings.root_path}/api/training-runs")
-    )
+    shown = "localhost" if host in _LOOPBACK else allowed_hosts[0]
+    api, pages = (f"http://{shown}:{port_of(end)}{settings.root_path}" for end in (listeners[0], listeners[-1]))
+    pages = f"{pages}/training" + (f"?token={token}" if made else "")
+    click.echo(printable(f"Training History: {pages}"))
+    click.echo(printable(f"REST API:         {api}/api/training-runs"))
+    # In a thread: the pages say themselves that a database is down, and must not wait for it.
+    threading.Thread(target=_warn_of_outage, args=(store,), daemon=True).start()
     if open_browser:
-        click.launch(f"{pages}{ask}")
+        click.launch(pages)
     serve(make_server(create_app(store, settings), trusted_proxies), listeners)
+
+
+def _warn_of_outage(store: RunReader) -> None:
+    try:
+        store.version("0")
+    except RunNotFoundError:
+        return
+    except MirrorUnavailableError as error:
+        click.echo(printable(f"Warning: {error}. Until it does, every answer is 503"), err=True)
 
 
 def _token(given: str | None) -> tuple[bool, str | None]:
@@ -149,7 +157,10 @@ def _check_exposure(host: str, token: str | None, allowed_hosts: tuple[str, ...]
 def _reader(checkpoint_dir: str, mongo_uri: str | None, mongo_db: str) -> RunReader:
     if mongo_uri:
         from sb3_mlflow_ckpt.runs.mongo import MongoRuns
+        from sb3_mlflow_ckpt.runs.mongo_database import connect
 
+        # An address that can never be reached is an error now.
+        connect(mongo_uri, mongo_db).client.close()
         return MongoRuns(mongo_uri, mongo_db)
     from sb3_mlflow_ckpt.runs.folder import FolderRuns
 
