@@ -79,8 +79,15 @@ def frame(points: Sequence[Place], width: int, height: int) -> Frame:
     low, high = domain((point[1] for point in points), margin=0.08)
     labels = tick_labels(ticks(low, high, max(2, height // 60)))
     left = min(16 + _CHARACTER * max(map(len, labels), default=0), width / 3)
-    y = Scale(low, high, height - _BOTTOM, _TOP)
-    return Frame(width, height, Scale(*domain(point[0] for point in points), left, width - _RIGHT), y)
+    x = domain(_steps_of(points))
+    return Frame(width, height, Scale(*x, left, width - _RIGHT), Scale(low, high, height - _BOTTOM, _TOP))
+
+
+def _steps_of(points: Sequence[Place]) -> list[float]:
+    """Return the environment steps of an axis: from 0 where that costs little room."""
+    found = [point[0] for point in points]
+    low, high = min(found), max(found)
+    return [0.0, high or 1.0] if 0 <= low <= high / 3 or low == high >= 0 else [low, high]
 
 
 def svg(name: str, description: str, classes: str, size: tuple[int, int], content: Iterable[Markup]) -> Markup:
