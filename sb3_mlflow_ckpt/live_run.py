@@ -143,6 +143,8 @@ class LiveRun:
     def report(self, **progress: Any) -> None:
         """Note how far training is; the next heartbeat records it."""
         self._progress.update(progress)
+        rewards = [self._progress.get(key) for key in ("best_mean_reward", "mean_reward")]
+        self._progress["best_mean_reward"] = max((reward for reward in rewards if reward is not None), default=None)
         self._last_step_at = timestamp_now()
 
     def note_resume(self, report: Mapping[str, Any]) -> None:

@@ -106,6 +106,7 @@ def new_record(
                 "episode": 0,
                 "steps_per_second": None,
                 "mean_reward": None,
+                "best_mean_reward": None,
             },
             "started_at": now,
             "heartbeat_at": now,

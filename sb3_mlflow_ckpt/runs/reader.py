@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias
 
 from sb3_mlflow_ckpt.errors import InvalidIdError
 from sb3_mlflow_ckpt.layout import check_id, id_spellings
-from sb3_mlflow_ckpt.runs.document import derived_status
+from sb3_mlflow_ckpt.runs.document import TERMINAL_STATUSES, derived_status
 
 Document: TypeAlias = dict[str, Any]
 # A class with a method named `list` cannot say `list[...]` in its own annotations.
@@ -77,7 +77,7 @@ class RunReader(Protocol):
         ...
 
     def version(self, run_id: str) -> str:
-        """Return a text that is another one whenever anything that is shown of the run has changed; raises as `get` does.
+        """Return a text that is another one whenever what is shown of the run is; raises as `get` does.
 
         Asking for it reads neither checkpoints nor the curve.
         """
@@ -130,6 +130,31 @@ def summary(record: Mapping[str, Any], now: datetime | None = None, seen: dateti
         seen: When the store saw the last heartbeat, by the same clock.
     """
     return {**record, "status": derived_status(record, now, seen)}
+
+
+def may_change_by_itself(status: str | None) -> bool:
+    """Return whether a status, stored or derived, is one that time alone can change."""
+    return status is not None and status not in TERMINAL_STATUSES
+
+
+def glance(summary: Mapping[str, Any], checkpoints: Sequence[Document], curve: Sequence[Document]) -> Glance:
+    """Return what a list shows of a run's checkpoints and of a few points of its curve."""
+    there = [item for item in checkpoints if item.get("state") != "pruned"]
+    is_mirrored = "MLflow" in (summary.get("mirrors") or ())
+    rewards = [(point["num_timesteps"], float(point["ep_rew_mean"])) for point in curve if _has_reward(point)]
+    return Glance(
+        checkpoints=len(checkpoints),
+        resumable=len(there),
+        waiting=sum(item["state"] == "local" for item in there) if is_mirrored else 0,
+        # The one that was saved last: a run that went back to an older one has lower numbers after higher ones.
+        latest=max(there, key=lambda item: (str(item.get("timestamp")), item["episode"]), default=None),
+        rewards=tuple(rewards),
+    )
+
+
+def _has_reward(point: Mapping[str, Any]) -> bool:
+    value = point.get("ep_rew_mean")
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def spellings(run_id: str) -> tuple[str, ...]:

@@ -7,8 +7,8 @@ same whatever the store.
 from __future__ import annotations
 
 import base64
-import bisect
 import binascii
+import bisect
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +26,8 @@ _FIELDS = (
     *("run_id", "agent_id", "name", "algo", "env_id", "status", "attempt", "parent", "root_run_id", "progress"),
     *("started_at", "heartbeat_at", "heartbeat_seconds", "last_step_at", "ended_at", "host", "mlflow", "mirrors"),
 )
+SOURCES = (*_FIELDS, "error.type", "error.message", "resume.exact", "config.seed")
+"""What of a record a summary is made of."""
 _SEARCHED = ("name", "run_id", "agent_id", "algo", "env_id", "host")
 
 
@@ -56,6 +58,7 @@ SORTS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     **{key: _progress(key) for key in ("num_timesteps", "episode", "mean_reward", "best_mean_reward")},
 }
 """What runs can be sorted by."""
+_CHOICES = ("algo", "env_id", "agent_id")
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,7 @@ def select(
         total=len(chosen),
         first=begin + 1 if items else 0,
         statuses={status: statuses.get(status, 0) for status in STATUSES},
-        choices={key: sorted({str(run[key]) for run in every if run.get(key)}) for key in ("algo", "env_id", "agent_id")},
+        choices={key: sorted({str(run[key]) for run in every if run.get(key)}) for key in _CHOICES},
     )
 
 

@@ -19,7 +19,8 @@ from toy_environments import FixedLength
 from sb3_mlflow_ckpt import EpisodeCheckpointCallback, list_checkpoints, load_checkpoint, verify_checkpoint
 from sb3_mlflow_ckpt.config import Layer, build_config
 from sb3_mlflow_ckpt.errors import CheckpointSaveError, RunFolderTakenError, TrainingInterrupted
-from sb3_mlflow_ckpt.runs.folder import FolderRuns, read_curve
+from sb3_mlflow_ckpt.runs.curve import read_curve
+from sb3_mlflow_ckpt.runs.folder import FolderRuns
 from sb3_mlflow_ckpt.trainer import resolve_config, train
 
 

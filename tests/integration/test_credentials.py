@@ -19,7 +19,7 @@ from sb3_mlflow_ckpt import launch
 from sb3_mlflow_ckpt.config import Layer, build_config
 from sb3_mlflow_ckpt.errors import ConfigError
 from sb3_mlflow_ckpt.redaction import redact, redact_all, redact_argument
-from sb3_mlflow_ckpt.runs.mongo import CHECKPOINTS, METRICS, RUNS, connect
+from sb3_mlflow_ckpt.runs.mongo_database import CHECKPOINTS, METRICS, RUNS, connect
 from sb3_mlflow_ckpt.trainer import resolve_config
 
 SECRET = "hunter2xyzzy"

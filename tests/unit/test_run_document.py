@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sb3_mlflow_ckpt.errors import MirrorUnavailableError
 from sb3_mlflow_ckpt.runs.document import checkpoint_entry, derived_status, finite, new_record, redact, redact_all
-from sb3_mlflow_ckpt.runs.mongo import connect, decode, encode, redacted
+from sb3_mlflow_ckpt.runs.mongo_database import connect, decode, encode, redacted
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=timezone.utc)
 KEYS = st.text(alphabet="ab.$%0245EInt\0 é", max_size=6)
