@@ -1,6 +1,6 @@
-"""Makes the README's pictures of the Training History from trainings that it runs: python docs/screenshot.py
+"""Makes the README's pictures of the Training History from trainings that it runs.
 
-Needs the extra [test] and a chromium; takes about three minutes.
+Run it with: python docs/screenshot.py. It needs the extra [test] and a chromium, and takes about three minutes.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def train(folder: Path) -> tuple[str, subprocess.Popen[bytes]]:
     start(folder, *_PPO[2:], *again, "--total-timesteps", 120_000).wait(DEADLINE)
     dqn.wait(DEADLINE)
     resumed = newest(folder, "ppo_agent/*/run.json").parent.name
-    live = start(folder, "--run-name", "PPO, larger batches", "--agent-id", "ppo_large", "--total-timesteps", 10_000_000,
-                 "--hyperparameters", "{batch_size: 256}")  # fmt: skip
+    larger = ("--run-name", "PPO, larger batches", "--agent-id", "ppo_large", "--hyperparameters", "{batch_size: 256}")
+    live = start(folder, *larger, "--total-timesteps", 10_000_000)
     wait_for(lambda: len(list(folder.glob("checkpoints/ppo_large/*/ep*_metadata.json"))) > 1, live)
     return resumed, live
 

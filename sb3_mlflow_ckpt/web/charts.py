@@ -9,11 +9,12 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import quote
 
 from markupsafe import Markup
 
+from sb3_mlflow_ckpt.runs.lineage import Segment
 from sb3_mlflow_ckpt.web.plot import Frame, Place, Point, coordinate, frame, legible, shown, svg
 from sb3_mlflow_ckpt.web.scales import Scale, domain, number, reading, spread, steps
 
@@ -23,17 +24,6 @@ _SPARKLINE_POINTS = 60
 _BETWEEN_CHECKPOINTS = 14.0
 _BETWEEN_RESUMES = 6.0
 _DASHES = ("", "7 3", "2 3", "10 3 2 3", "5 5", "12 4", "1 4", "8 3 2 3 2 3")
-
-
-class Segment(Protocol):
-    """A run's part of a curve; see `runs.lineage.Segment`."""
-
-    @property
-    def run_id(self) -> str: ...
-    @property
-    def points(self) -> Sequence[Mapping[str, Any]]: ...
-    @property
-    def until_timestep(self) -> int | None: ...
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ import itertools
 import math
 import re
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import Markup
 
+from sb3_mlflow_ckpt.runs.lineage import Segment
 from sb3_mlflow_ckpt.web.charts import Series, comparison_chart, reward_chart, sparkline
 from sb3_mlflow_ckpt.web.plot import legible
 from sb3_mlflow_ckpt.web.scales import Scale, domain, number, reading, short, spread, steps, ticks
@@ -29,13 +29,6 @@ any_text = st.text(st.characters(exclude_categories=()), max_size=20)
 checkpoints = st.fixed_dictionaries(
     {}, optional={"episode": any_value, "num_timesteps": any_value, "mean_reward": any_value, "state": any_value}
 )
-
-
-@dataclass(frozen=True)
-class Part:
-    run_id: str
-    points: list[dict[str, Any]]
-    until_timestep: Any = None
 
 
 def check(drawn: Markup) -> ElementTree.Element:
@@ -86,7 +79,7 @@ def test_a_sparkline_is_xml_whatever_the_rewards(rewards: list[tuple[Any, Any]])
 
 @given(st.lists(st.tuples(any_points, any_value), max_size=4), st.lists(checkpoints, max_size=30))
 def test_a_reward_chart_is_xml_whatever_the_curves(parts: list[Any], saved: list[dict[str, Any]]) -> None:
-    check(reward_chart([Part("run", curve, until) for curve, until in parts], saved))
+    check(reward_chart([Segment("run", curve, until) for curve, until in parts], saved))
 
 
 @given(st.lists(st.tuples(any_text, any_text, any_points), max_size=9))
@@ -127,13 +120,18 @@ def test_a_thinned_curve_keeps_its_ends(items: list[int], most: int) -> None:
 def test_a_chart_of_many_points_and_checkpoints_is_small_and_legible(size: int) -> None:
     noisy = [{"num_timesteps": 997 * i, "ep_rew_mean": 1e4 * math.sin(i) + i} for i in range(size)]
     many = [saved(episode, 997 * size * episode // 5000, float(episode)) for episode in range(5000)]
-    ancestors = [Part(f"{i:032x}", noisy[i * size // 300 : (i + 1) * size // 300], i) for i in range(300)]
-    root = check(reward_chart([*ancestors, Part("own", noisy)], many))
+    ancestors = [Segment(f"{i:032x}", noisy[i * size // 300 : (i + 1) * size // 300], i) for i in range(300)]
+    root = check(reward_chart([*ancestors, own(*noisy)], many))
     assert 40 < len(of_class(wide(root), "checkpoint")) < 70
     check(comparison_chart([Series(f"{i:032x}", "a run", noisy) for i in range(8)]))
 
 
 # What is drawn is what was recorded.
+
+
+def own(*curve: dict[str, Any]) -> Segment:
+    """Return the part of the run itself."""
+    return Segment("a", curve, None)
 
 
 def test_a_sparkline_says_and_marks_what_matters() -> None:
@@ -155,7 +153,7 @@ def test_one_reward_is_a_dot_and_none_is_nothing() -> None:
 
 
 def test_a_chart_has_a_name_and_says_how_the_curve_goes() -> None:
-    root = wide(check(reward_chart([Part("a", curve(1.0, 9.5, 4.0))], [saved(50, 100)])))
+    root = wide(check(reward_chart([own(*curve(1.0, 9.5, 4.0))], [saved(50, 100)])))
     assert (root.attrib["role"], root.attrib["aria-label"]) == ("group", "Mean reward by environment steps")
     expected = "from 1 at 0 steps to 4 at 200 steps, best 9.5 at 100 steps; 1 checkpoints"
     assert root.find(f"{SVG}desc").text == expected
@@ -163,13 +161,13 @@ def test_a_chart_has_a_name_and_says_how_the_curve_goes() -> None:
 
 def test_the_line_has_a_gap_where_no_reward_is_known_and_where_steps_went_back() -> None:
     whole = curve(1.0, 2.0, None, 3.0, math.nan, 4.0, 5.0) + curve(1.0, 2.0)
-    (line,) = of_class(wide(check(reward_chart([Part("a", whole)], []))), "curve")
+    (line,) = of_class(wide(check(reward_chart([own(*whole)], []))), "curve")
     assert [len(part) for part in places(line)] == [2, 1, 2, 2]
 
 
 def test_checkpoints_are_links_on_the_curve_in_its_order() -> None:
     items = [saved(200, 200, 3.5), saved(50, 50, 7.0), saved(100, 100, 9.0, "pruned")]
-    root = wide(check(reward_chart([Part("a", curve(1.0, 9.0, 3.0))], items)))
+    root = wide(check(reward_chart([own(*curve(1.0, 9.0, 3.0))], items)))
     links = list(root.iter(f"{SVG}a"))
     assert [link.attrib["href"] for link in links] == ["#ep-50", "#ep-100", "#ep-200"]
     assert [link.find(f"{SVG}title").text for link in links] == [
@@ -186,13 +184,13 @@ def test_checkpoints_are_links_on_the_curve_in_its_order() -> None:
 
 def test_of_checkpoints_that_crowd_the_newest_and_the_best_are_drawn() -> None:
     items = [saved(episode, 1000 + episode, 100.0 if episode == 37 else 1.0) for episode in range(1, 2001)]
-    root = wide(check(reward_chart([Part("a", curve(*range(50)))], items)))
+    root = wide(check(reward_chart([own(*curve(*range(50)))], items)))
     drawn = {link.attrib["href"] for link in root.iter(f"{SVG}a")}
     assert {"#ep-37", "#ep-2000"} <= drawn
 
 
 def test_ancestors_are_muted_and_where_the_run_was_resumed_is_marked() -> None:
-    parts = [Part("a", curve(1.0, 2.0), 100), Part("b", curve(3.0, 2.0, begin=100), 200), Part("c", curve(4.0, 5.0, begin=200))]
+    parts = [Segment("a", curve(1.0, 2.0), 100), Segment("b", curve(3.0, 2.0, begin=100), 200), own(*curve(4.0, 5.0, begin=200))]
     root = wide(check(reward_chart(parts, [])))
     (muted,) = of_class(root, "curve-ancestor")
     assert [len(part) for part in places(muted)] == [2, 2]
@@ -202,7 +200,7 @@ def test_ancestors_are_muted_and_where_the_run_was_resumed_is_marked() -> None:
 
 
 def test_the_best_point_is_marked() -> None:
-    root = wide(check(reward_chart([Part("a", curve(1.0, 493.2, 400.0))], [])))
+    root = wide(check(reward_chart([own(*curve(1.0, 493.2, 400.0))], [])))
     (best,) = of_class(root, "best")
     assert best.find(f"{SVG}text").text == "best 493.2"
     (_, peak, _) = places(of_class(root, "curve")[0])[0]
@@ -211,13 +209,13 @@ def test_the_best_point_is_marked() -> None:
 
 
 def test_checkpoints_without_a_curve_are_drawn_at_their_rewards() -> None:
-    root = wide(check(reward_chart([Part("a", [])], [saved(50, 1000, 1.0), saved(100, 2000, 2.0), saved(150, 3000)])))
+    root = wide(check(reward_chart([own()], [saved(50, 1000, 1.0), saved(100, 2000, 2.0), saved(150, 3000)])))
     heights = [float(link[-1].attrib["cy"]) for link in root.iter(f"{SVG}a")]
     assert heights[2] > heights[0] > heights[1]
 
 
 def test_a_run_without_rewards_says_so() -> None:
-    for chart in (reward_chart([Part("a", [])], [saved(50, 100)]), reward_chart([], [])):
+    for chart in (reward_chart([own()], [saved(50, 100)]), reward_chart([], [])):
         assert "No episode has ended yet" in chart and "<svg" not in chart
 
 
