@@ -16,7 +16,7 @@ from typing import Any
 
 from processes import DEADLINE, TESTS, Leash, environment, wait_for
 
-from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, list_checkpoints
+from sb3_mlflow_ckpt.checkpoints import latest_checkpoint
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.runs.folder import FolderRuns
 
@@ -139,9 +139,11 @@ def _chain(runs: RealRuns, trainers: Trainers) -> None:
 
 
 def _mirrored(runs: RealRuns, trainers: Trainers) -> None:
-    tracking = ("--tracking-uri", f"sqlite:///{runs.folder / 'tracking.db'}")
-    flags = ("--checkpoint-interval-episodes", 25, "--keep-last-n-checkpoints", 1)
-    trainers.train("tracked", *_PPO, *tracking, *flags, "--total-timesteps", 2500)
+    """Train a run whose checkpoints are in MLflow too, the older ones only there, and stop it long before its target."""
+    tracking = ("--mlflow", "true", "--tracking-uri", f"sqlite:///{runs.folder / 'tracking.db'}")
+    process = _until_saved(runs, trainers, "tracked", *tracking, "--keep-last-n-checkpoints", 1)
+    process.terminate()
+    trainers.end("tracked", process, 128 + signal.SIGTERM)
 
 
 def _pruned(runs: RealRuns, trainers: Trainers) -> None:
@@ -160,16 +162,16 @@ def _damaged(runs: RealRuns, trainers: Trainers) -> None:
 
 
 def _until_saved(runs: RealRuns, trainers: Trainers, name: str, *flags: object) -> multiprocessing.process.BaseProcess:
-    """Start a training that stands still behind two checkpoints, of which the second is committed."""
+    """Start a training that takes 1,500 steps and stands still; return it when its second checkpoint is committed."""
     folder = runs.folder / name
     folder.mkdir()
     leash = Leash(folder, 1500)
     words = (*_PPO, "--agent-id", name, "--env-wrappers", f"[{leash.wrapper}]", "--checkpoint-interval-episodes", 20)
-    process = trainers.start(name, *words, "--total-timesteps", 20_000, "--mlflow", "false", *flags)
+    process = trainers.start(name, *words, "--total-timesteps", 20_000, *(flags or ("--mlflow", "false")))
 
     def saved() -> bool:
         assert process.is_alive(), (runs.folder / f"{name}.log").read_text()[-3000:]
-        return len(list_checkpoints(runs.checkpoint_dir, agent_id=name)) > 1
+        return any(runs.checkpoint_dir.glob(f"{name}/*/ep000040_metadata.json"))
 
     wait_for(saved, f"two checkpoints of {name}")
     return process
