@@ -3,8 +3,9 @@
     python benchmarks/training_history.py --runs 10000 --checkpoints 5000 --points 1000000
 
 makes that many runs, and one of that many checkpoints on disk and points of its curve; serves them with
-`sb3-mlflow-ckpt serve`; and prints how long answers take, what pages weigh, the server's memory, and what many
-open tabs on runs that train cost it. `--mongo-uri` names a database to fill and to measure in place of the tests' server.
+`sb3-mlflow-ckpt serve`; and prints how long answers take, what pages weigh, the server's memory, and what many open
+tabs on runs that train cost it. `--mongo-uri` names a database to fill and to measure; the tests' own server where it
+is not given.
 """
 
 from __future__ import annotations
