@@ -138,7 +138,7 @@ def write_runs(checkpoint_dir: Path, runs: int, checkpoints: int, points: int) -
     for number in range(runs):
         run_id = f"{number:032x}"
         record = record_of(number, run_id, chance)
-        write_run(RunFolder(checkpoint_dir, record["agent_id"], run_id), record, points_of(50, chance), 3)
+        write_run(RunFolder(checkpoint_dir, record["agent_id"], run_id), record, points_of(20, chance), 3)
     record = {**record_of(0, BIG, chance), "started_at": stamp(600 * runs + 600), "status": "completed"}
     write_run(RunFolder(checkpoint_dir, record["agent_id"], BIG), record, points_of(points, chance), checkpoints)
 
