@@ -192,7 +192,9 @@ def select(
 
 
 def _cursor(run: Mapping[str, Any], query: RunQuery) -> str:
-    place = [query.sort, SORTS[query.sort.removeprefix("-")](run), run["run_id"]]
+    value = SORTS[query.sort.removeprefix("-")](run)
+    # Where somebody edited a record there may be a list: it is ordered as if there were nothing.
+    place = [query.sort, value if isinstance(value, (str, int, float)) else None, run["run_id"]]
     return base64.urlsafe_b64encode(json.dumps(place).encode()).decode().rstrip("=")
 
 
