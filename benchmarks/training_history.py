@@ -3,8 +3,9 @@
     python benchmarks/training_history.py --runs 10000 --checkpoints 5000 --points 1000000
 
 makes that many runs, and one of that many checkpoints on disk and points of its curve; serves them with
-`sb3-mlflow-ckpt serve`; and prints how long answers take, what pages weigh, the server's memory, and what many
-open tabs on runs that train cost it. `--mongo-uri` names a database to fill and to measure in place of the tests' server.
+`sb3-mlflow-ckpt serve`; and prints how long answers take, what pages weigh, the server's memory, and what many open
+tabs on runs that train cost it. `--mongo-uri` names a database to fill and to measure; the tests' own server where it
+is not given.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def write_runs(checkpoint_dir: Path, runs: int, checkpoints: int, points: int) -
     for number in range(runs):
         run_id = f"{number:032x}"
         record = record_of(number, run_id, chance)
-        write_run(RunFolder(checkpoint_dir, record["agent_id"], run_id), record, points_of(50, chance), 3)
+        write_run(RunFolder(checkpoint_dir, record["agent_id"], run_id), record, points_of(20, chance), 3)
     record = {**record_of(0, BIG, chance), "started_at": stamp(600 * runs + 600), "status": "completed"}
     write_run(RunFolder(checkpoint_dir, record["agent_id"], BIG), record, points_of(points, chance), checkpoints)
 

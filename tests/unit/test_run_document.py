@@ -41,9 +41,16 @@ def beating(age: float, **fields: Any) -> dict[str, Any]:
         (beating(10_000, status="failed"), "failed"),
         (beating(10_000, status="interrupted"), "interrupted"),
         (beating(0, heartbeat_at=None), "running"),
+        # By the clock of its own process: the last step lies long before the heartbeat.
+        (beating(5, last_step_at=beating(124)["heartbeat_at"]), "running"),
+        (beating(5, last_step_at=beating(126)["heartbeat_at"]), "stalled"),
+        (beating(121, last_step_at=beating(999)["heartbeat_at"]), "lost"),
+        (beating(5, heartbeat_seconds=100.0, last_step_at=beating(126)["heartbeat_at"]), "running"),
+        (beating(5, last_step_at="edited"), "running"),
+        (beating(5, status="failed", last_step_at=beating(999)["heartbeat_at"]), "failed"),
     ],
 )
-def test_only_a_running_run_whose_heartbeat_is_stale_is_lost(record: dict[str, Any], status: str) -> None:
+def test_only_a_running_run_is_lost_or_stalled(record: dict[str, Any], status: str) -> None:
     assert derived_status(record, NOW) == status
 
 

@@ -1,0 +1,177 @@
+"""Owns what tests need of a browser: Debian's chromium, pages that fail on what no page may do, axe-core."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, sync_playwright
+from processes import environment, wait_for
+
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
+FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
+DESKTOP, PHONE = (1280, 900), (390, 844)
+
+
+def chromium() -> str:
+    """Return the browser's program; skip, aloud, where there is none."""
+    found = next(filter(None, map(shutil.which, PROGRAMS)), None)
+    if found is None:
+        pytest.skip("NOT TESTED IN A BROWSER: install chromium, for example with apt-get install chromium")
+    return found
+
+
+@contextmanager
+def running_browser(*flags: str) -> Iterator[Browser]:
+    """Run a browser for as long as a block."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=[*FLAGS, *flags])
+        yield browser
+        browser.close()
+
+
+class Server:
+    """`sb3-mlflow-ckpt serve` in a process of its own, on two free ports of the loopback.
+
+    Args:
+        cwd: Its working folder, where its output goes to `serve.log`.
+        flags: What it is called with.
+    """
+
+    def __init__(self, cwd: Path, *flags: object) -> None:
+        self.api_port, self.ui_port = _free_ports(2)
+        self._log = cwd / f"serve-{self.ui_port}.log"
+        ports = ("--port", str(self.api_port), "--ui-port", str(self.ui_port))
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "sb3_mlflow_ckpt", "serve", *ports, *map(str, flags)],
+                cwd=cwd, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True,
+            )  # fmt: skip
+        try:
+            wait_for(self._answers, f"an answer of the server; it said: {self._log.read_text()}", self._process)
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def ui(self) -> str:
+        return f"http://127.0.0.1:{self.ui_port}"
+
+    @property
+    def api(self) -> str:
+        return f"http://127.0.0.1:{self.api_port}"
+
+    def json(self, path: str) -> Any:
+        """Return what the API answers."""
+        with urllib.request.urlopen(self.api + path, timeout=30) as answer:
+            return json.load(answer)
+
+    def log(self) -> str:
+        """Return what it has printed."""
+        return self._log.read_text()
+
+    def stop(self) -> None:
+        """End it; the same again does nothing."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait(30)
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.api}/healthz", timeout=5):
+                return True
+        except urllib.error.HTTPError:
+            return True  # It lives, whatever it says of its database.
+        except (urllib.error.URLError, OSError):
+            return False
+
+
+class Visitor:
+    """A person with a browser window, who notices what no page may do: errors, and requests to other places.
+
+    Args:
+        browser: The browser.
+        server: Whose pages.
+        options: Of the window: `size`, `origin`, `color_scheme`, `java_script_enabled`, ...
+    """
+
+    def __init__(self, browser: Browser, server: Server, **options: Any) -> None:
+        self.server = server
+        width, height = options.pop("size", DESKTOP)
+        self._origin = options.pop("origin", server.ui)
+        self.context: BrowserContext = browser.new_context(
+            viewport={"width": width, "height": height}, base_url=self._origin, **options
+        )
+        self.context.set_default_timeout(15_000)
+        self.page: Page = self.context.new_page()
+        self.problems: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", self._heard)
+        self.page.on("pageerror", lambda error: self.problems.append(f"exception: {error}"))
+        self.page.on("request", self._requested)
+
+    def open(self, path: str) -> Page:
+        """Go to a page; return the tab."""
+        self.page.goto(path)
+        return self.page
+
+    def close(self) -> None:
+        """Close the window; fail if anything was noticed."""
+        self.context.close()
+        assert self.problems == []
+
+    def _heard(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.problems.append(f"console {message.type}: {message.text}")
+
+    def _requested(self, request: Request) -> None:
+        self.requests.append(request.url)
+        if not request.url.startswith((f"{self._origin}/", "data:", "about:", "blob:")):
+            self.problems.append(f"request to another place: {request.url}")
+
+
+def axe_violations(page: Page) -> list[str]:
+    """Return what axe-core finds wrong with a page as it is: a line for each element, WCAG 2.2 AA and best practice."""
+    source = importlib.resources.files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
+    if not page.evaluate("() => 'axe' in window"):
+        page.evaluate(source)
+    tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22a", "wcag22aa", "best-practice"]
+    result = page.evaluate("tags => axe.run(document, {runOnly: tags})", tags)
+    assert result["passes"], "axe-core looked at nothing"
+    return [
+        f"{found['id']}: {node['target']} {' '.join(node['failureSummary'].split())}"
+        for found in result["violations"]
+        for node in found["nodes"]
+    ]
+
+
+def inside_viewport(page: Page, box: dict[str, float] | None) -> bool:
+    """Return whether a bounding box is in the part of the page that is seen from left to right."""
+    size = page.viewport_size
+    assert size is not None
+    return box is not None and box["x"] >= 0 and box["x"] + box["width"] <= size["width"]
+
+
+def _free_ports(count: int) -> Sequence[int]:
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports
+
+
+def words(text: str) -> str:
+    """Return a text with single spaces."""
+    return re.sub(r"\s+", " ", text).strip()
