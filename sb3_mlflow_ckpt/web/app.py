@@ -32,7 +32,6 @@ def create_app(store: RunReader, settings: WebSettings) -> FastAPI:
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,
-        root_path=settings.root_path,
     )
     app.state.store = store
     app.state.settings = settings
