@@ -73,13 +73,9 @@ def _page(
     """Return a page. Nothing in it depends on the time at which it is drawn: its tag tells whether it has changed."""
     settings, store = request.app.state.settings, request.app.state.store
     body = _templates().get_template(template).render(
-        links=Links(settings.root_path), version=_version(), store=_name_of(store), outage=outage, **shown
+        links=Links(settings.root_path), version=_version(), store=formats.text(store), outage=outage, **shown
     )  # fmt: skip
     return respond(request, body.encode("utf-8", "backslashreplace"), HTML, status=status)
-
-
-def _name_of(store: RunReader) -> str:
-    return formats.text(getattr(store, "checkpoint_dir", None) or store)
 
 
 def _links(request: Request) -> Links:

@@ -157,7 +157,11 @@ def mirrored_of(run: Mapping[str, Any], glance: Glance) -> Mirrored:
         return Mirrored("none", "no mirror")
     if not glance.resumable:
         return Mirrored("none", "nothing to mirror")
-    return Mirrored("waiting", f"{count(glance.waiting)} not mirrored") if glance.waiting else Mirrored("all", "all mirrored")
+    return (
+        Mirrored("waiting", f"{count(glance.waiting)} not mirrored")
+        if glance.waiting
+        else Mirrored("all", "all mirrored")
+    )
 
 
 @dataclass(frozen=True)
