@@ -70,7 +70,7 @@ class MongoRuns:
         # Without a ping: readers in many threads would wait for a dead server one after another.
         self._lazy = LazyDatabase(uri, database, connect)
         self._kept: dict[str, _Summary] = {}
-        self._newest: datetime | None = None
+        self._read_at: datetime | None = None
         self._counted = float("-inf")
         self._items: Kept[str, Documents] = Kept(RUNS_WITH_ITEMS)
         self._seen: Kept[str, Glance] = Kept(RUNS_WITH_GLANCES)
@@ -131,7 +131,7 @@ class MongoRuns:
             # Before the lock is taken: threads that find the server down wait for it together, not one after another.
             now = _server_time(database)
             with self._lock:
-                self._refresh(database)
+                self._refresh(database, now)
                 return [kept.shown(now) for kept in self._kept.values()]
 
     def glances(self, run_ids: Sequence[str]) -> dict[str, Glance]:
@@ -170,23 +170,21 @@ class MongoRuns:
                 return stored
         raise RunNotFoundError(run_id, self)
 
-    def _refresh(self, database: MongoDatabase) -> None:
-        changed = {} if self._newest is None else {UPDATED_AT: {"$gte": self._newest - _OVERLAP}}
-        self._take(database[RUNS].find(changed, [*SOURCES, SEEN_AT, UPDATED_AT]))
+    def _refresh(self, database: MongoDatabase, now: datetime | None) -> None:
+        changed = {} if self._read_at is None else {UPDATED_AT: {"$gte": self._read_at - _OVERLAP}}
+        self._take(database[RUNS].find(changed, [*SOURCES, SEEN_AT]))
+        self._read_at = now
         if time.monotonic() - self._counted < _SECONDS_BETWEEN_COUNTS:
             return
         if database[RUNS].estimated_document_count() != len(self._kept):
             self._kept.clear()
-            self._take(database[RUNS].find({}, [*SOURCES, SEEN_AT, UPDATED_AT]))
+            self._take(database[RUNS].find({}, [*SOURCES, SEEN_AT]))
         self._counted = time.monotonic()
 
     def _take(self, stored: Iterable[Mapping[str, Any]]) -> None:
         for row in stored:
             record = decode({key: value for key, value in row.items() if key not in _OWN})
             self._kept[str(row["_id"])] = _Summary(summarize(record), _utc(row.get(SEEN_AT)))
-            updated = row.get(UPDATED_AT)
-            if isinstance(updated, datetime):
-                self._newest = updated if self._newest is None else max(updated, self._newest)
 
 
 class _Summary:

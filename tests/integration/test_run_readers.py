@@ -428,7 +428,7 @@ def test_runs_that_are_removed_are_summarized_no_more(store: Store, tmp_path: Pa
         assert isinstance(store.reader, MongoRuns)
         store.reader._lazy.get()[RUNS].delete_one({"_id": "a"})
     # A database is asked now and then only.
-    wait_for(lambda: [run["run_id"] for run in store.reader.summaries()] == ["b"])
+    wait_for(lambda: [run["run_id"] for run in store.reader.summaries()] == ["b"], "it is gone")
 
 
 def test_time_alone_makes_a_summary_lost_or_stalled(store: Store, tmp_path: Path) -> None:
