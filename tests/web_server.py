@@ -37,8 +37,9 @@ def ask(
 ) -> Answer:
     """Ask for exactly this target: no client normalises it."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    # A path with a NUL or a space in it is what a hostile client sends, too.
+    # Any bytes at all are what a hostile client sends, too.
     connection._validate_path = lambda url: None  # type: ignore[attr-defined, method-assign]
+    connection._encode_request = lambda line: line.encode("latin-1")  # type: ignore[attr-defined, method-assign]
     try:
         connection.putrequest(method, target, skip_host=True, skip_accept_encoding=True)
         if host != "":

@@ -11,14 +11,11 @@ import click
 
 from sb3_mlflow_ckpt.cli.commands import Command
 from sb3_mlflow_ckpt.cli.options import checkpoint_dir_option, mongo_db_option, mongo_uri_option, with_options
-from sb3_mlflow_ckpt.errors import ConfigError, MirrorUnavailableError, RunNotFoundError
+from sb3_mlflow_ckpt.errors import MirrorUnavailableError, RunNotFoundError
 from sb3_mlflow_ckpt.printable import printable
 
 if TYPE_CHECKING:
     from sb3_mlflow_ckpt.runs.reader import RunReader
-
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_SHORTEST_TOKEN = 16
 
 
 @click.command("serve", cls=Command)
@@ -86,33 +83,42 @@ def serve_command(
     Runs are read from their folders, or from MongoDB with --mongo-uri. Whoever has an account on this machine can
     open the pages unless there is a token.
     """
-    made, token = _token(token)
-    _check_exposure(host, token, allowed_hosts)
-    from sb3_mlflow_ckpt.web.app import create_app
-    from sb3_mlflow_ckpt.web.serving import listen, make_server, port_of, serve
-    from sb3_mlflow_ckpt.web.settings import WebSettings
+    from sb3_mlflow_ckpt.web.settings import LOOPBACK, WebSettings, check_exposure, check_names, check_token
 
+    made = token == "auto"
+    if made:
+        token = secrets.token_urlsafe(32)
+    if token:
+        check_token(token)
     settings = WebSettings(
         checkpoint_dir=Path(checkpoint_dir),
-        token=token,
+        token=token or None,  # A variable may be empty.
         allowed_hosts=allowed_hosts,
         mlflow_ui_url=mlflow_ui_url,
         root_path=root_path,
     )
+    check_names(settings, trusted_proxies)
+    check_exposure(host, settings)
+    from sb3_mlflow_ckpt.web.app import create_app
+    from sb3_mlflow_ckpt.web.serving import listen, make_server, port_of, serve
+
     store = _reader(checkpoint_dir, mongo_uri, mongo_db)
     listeners = [listen(host, port, "--port")]
     if ui_port != port or port == 0:
         listeners.append(listen(host, ui_port, "--ui-port"))
-    shown = "localhost" if host in _LOOPBACK else allowed_hosts[0]
+    shown = "localhost" if host in LOOPBACK else allowed_hosts[0]
     api, pages = (f"http://{shown}:{port_of(end)}{settings.root_path}" for end in (listeners[0], listeners[-1]))
     pages = f"{pages}/training" + (f"?token={token}" if made else "")
-    click.echo(printable(f"Training History: {pages}"))
-    click.echo(printable(f"REST API:         {api}/api/training-runs"))
-    # In a thread: the pages say themselves that a database is down, and must not wait for it.
-    threading.Thread(target=_warn_of_outage, args=(store,), daemon=True).start()
-    if open_browser:
-        click.launch(pages)
-    serve(make_server(create_app(store, settings), trusted_proxies), listeners)
+
+    def announce() -> None:
+        click.echo(printable(f"Training History: {pages}"))
+        click.echo(printable(f"REST API:         {api}/api/training-runs"))
+        # In a thread: the pages say themselves that a database is down, and must not wait for it.
+        threading.Thread(target=_warn_of_outage, args=(store,), daemon=True).start()
+        if open_browser:
+            click.launch(pages)
+
+    serve(make_server(create_app(store, settings), trusted_proxies), listeners, announce)
 
 
 def _warn_of_outage(store: RunReader) -> None:
@@ -122,36 +128,6 @@ def _warn_of_outage(store: RunReader) -> None:
         return
     except MirrorUnavailableError as error:
         click.echo(printable(f"Warning: {error}. Until it does, every answer is 503"), err=True)
-
-
-def _token(given: str | None) -> tuple[bool, str | None]:
-    """Return whether a token was made, and the token; none for an empty one, which a variable may hold."""
-    if not given:
-        return False, None
-    if given == "auto":
-        return True, secrets.token_urlsafe(32)
-    if len(given) < _SHORTEST_TOKEN or not all("!" <= character <= "~" for character in given):
-        problem = f"it has fewer than {_SHORTEST_TOKEN} characters, or others than ASCII's letters, digits and signs"
-        raise ConfigError("token", problem, "--token", "Have one made: --token auto")
-    return False, given
-
-
-def _check_exposure(host: str, token: str | None, allowed_hosts: tuple[str, ...]) -> None:
-    for name in allowed_hosts:
-        if not name or any(character in name for character in "/@?#, \t") or name.rpartition(":")[2].isdigit():
-            raise ConfigError(
-                "allowed_host", f"{name!r} is not a name alone", "--allowed-host", "Type it without http:// and port"
-            )
-    if host in _LOOPBACK:
-        return
-    missing = [flag for flag, given in (("--token auto", token), ("--allowed-host NAME", allowed_hosts)) if not given]
-    if missing:
-        raise ConfigError(
-            "host",
-            f"{host} can be reached by others, who would see everything",
-            "--host",
-            f"Add {' and '.join(missing)}, or leave out --host and use an ssh tunnel",
-        )
 
 
 def _reader(checkpoint_dir: str, mongo_uri: str | None, mongo_db: str) -> RunReader:

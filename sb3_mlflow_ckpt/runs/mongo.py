@@ -121,10 +121,12 @@ class MongoRuns:
 
     def summaries(self) -> Documents:
         """Return the summary of every run; what has not changed since the last call is not read again."""
-        with self._reading() as database, self._lock:
+        with self._reading() as database:
+            # Before the lock is taken: threads that find the server down wait for it together, not one after another.
             now = _server_time(database)
-            self._refresh(database)
-            return [kept.shown(now) for kept in self._kept.values()]
+            with self._lock:
+                self._refresh(database)
+                return [kept.shown(now) for kept in self._kept.values()]
 
     def glances(self, run_ids: Sequence[str]) -> dict[str, Glance]:
         """Return what a list shows beside the summaries of some runs."""

@@ -95,6 +95,12 @@ def metrics_document(run_id: str, segments: Iterable[Segment], *, stitched: bool
     return {"run_id": run_id, "stitched": stitched, "segments": parts}
 
 
+def _ordered(point: Document) -> Document:
+    # A database does not keep the order in which keys were written.
+    first = {key: point[key] for key in ("num_timesteps", "episode", "time") if key in point}
+    return {**first, **{key: point[key] for key in sorted(point.keys() - first.keys())}}
+
+
 def lineage_document(line: Lineage) -> Document:
     """Return a run's place among its kin."""
     return {

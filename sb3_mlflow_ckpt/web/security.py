@@ -57,6 +57,7 @@ class Doorkeeper:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return
+        scope["root_path"] = self._settings.root_path
         is_head = scope["method"] == "HEAD"
         sender = _Sender(send, with_body=not is_head)
         refusal = self._refusal(scope)

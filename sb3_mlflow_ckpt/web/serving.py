@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 import uvicorn
@@ -19,7 +20,7 @@ from sb3_mlflow_ckpt.signal_watch import watch
 
 _GRACE_SECONDS = 1
 # A thread that waits for a database or a disk keeps nobody waiting any longer.
-_END_SECONDS = 3.0
+_END_SECONDS = 2.0
 _BACKLOG = 512
 
 
@@ -93,6 +94,8 @@ class _Ender:
         """Let the server end; a second signal hurries nothing, since it takes a second at most."""
         if self._told.acquire(blocking=False):
             self._server.should_exit = True
+            # What is broken off now is no fault.
+            logging.getLogger("uvicorn.error").disabled = True
             timer = threading.Timer(_END_SECONDS, leave, (0,))
             timer.daemon = True
             timer.start()
@@ -117,21 +120,27 @@ def make_server(app: ASGIApp, trusted_proxies: Sequence[str] = ()) -> uvicorn.Se
         proxy_headers=bool(trusted_proxies),
         forwarded_allow_ips=list(trusted_proxies),
         timeout_graceful_shutdown=_GRACE_SECONDS,
+        # The strict one, and the same wherever it is installed.
+        http="h11",
         ws="none",
     )
     return _Server(config)
 
 
-def serve(server: uvicorn.Server, listeners: Sequence[socket.socket]) -> None:
+def serve(
+    server: uvicorn.Server, listeners: Sequence[socket.socket], announce: Callable[[], None] = lambda: None
+) -> None:
     """Serve until a signal comes.
 
     Args:
         server: The server.
         listeners: Where; every address is answered on each.
+        announce: Is called when a signal ends the server in order, before it answers.
     """
     ender = _Ender(server)
     watch.add(ender)
     try:
+        announce()
         server.run(sockets=[*listeners])
     finally:
         watch.discard(ender)
