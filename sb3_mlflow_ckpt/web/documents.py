@@ -97,7 +97,7 @@ def metrics_document(run_id: str, segments: Iterable[Segment], *, stitched: bool
 
 def _ordered(point: Document) -> Document:
     # A database does not keep the order in which keys were written.
-    first = {key: point[key] for key in ("num_timesteps", "episode", "time") if key in point}
+    first: Document = {key: point[key] for key in ("num_timesteps", "episode", "time") if key in point}
     return {**first, **{key: point[key] for key in sorted(point.keys() - first.keys())}}
 
 
