@@ -85,7 +85,12 @@ def checkpoint_page(items: Documents, limit: int) -> Document:
 def metrics_document(run_id: str, segments: Iterable[Segment], *, stitched: bool) -> Document:
     """Return a learning curve."""
     parts = [
-        {"run_id": part.run_id, "until_timestep": part.until_timestep, "points": list(part.points)} for part in segments
+        {
+            "run_id": part.run_id,
+            "until_timestep": part.until_timestep,
+            "points": [_ordered(point) for point in part.points],
+        }
+        for part in segments
     ]
     return {"run_id": run_id, "stitched": stitched, "segments": parts}
 

@@ -7,6 +7,8 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from sb3_mlflow_ckpt.web.schemas import Problem
+
 API_VERSION = "1"
 """Another one where something is renamed or goes; what comes in addition changes nothing."""
 
@@ -23,9 +25,11 @@ def describe_api(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = get_openapi(
-                title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes
-            )
+            document = get_openapi(title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes)
+            # Answers refer to it; FastAPI adds of itself only what has a media type of JSON.
+            problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+            document["components"]["schemas"] |= {**problem.pop("$defs", {}), "Problem": problem}
+            app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
