@@ -13,6 +13,8 @@ from sb3_mlflow_ckpt.runs.reader import Document, Documents, Glance
 from sb3_mlflow_ckpt.runs.summaries import Page, summarize
 from sb3_mlflow_ckpt.web.settings import WebSettings
 
+_POINT_BEGINS = ("num_timesteps", "episode", "time")
+
 
 def run_list(page: Page, glances: Mapping[str, Glance]) -> Document:
     """Return a page of runs."""
@@ -97,8 +99,8 @@ def metrics_document(run_id: str, segments: Iterable[Segment], *, stitched: bool
 
 def _ordered(point: Document) -> Document:
     # A database does not keep the order in which keys were written.
-    first = {key: point[key] for key in ("num_timesteps", "episode", "time") if key in point}
-    return {**first, **{key: point[key] for key in sorted(point.keys() - first.keys())}}
+    first = [key for key in _POINT_BEGINS if key in point]
+    return {key: point[key] for key in (*first, *sorted(point.keys() - {*first}))}
 
 
 def lineage_document(line: Lineage) -> Document:

@@ -29,7 +29,18 @@ def describe_api(app: FastAPI) -> None:
             # Answers refer to it; FastAPI adds of itself only what has a media type of JSON.
             problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
             document["components"]["schemas"] |= {**problem.pop("$defs", {}), "Problem": problem}
+            _without_fastapis_own(document)
             app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _without_fastapis_own(document: dict[str, Any]) -> None:
+    """Take out the answers that FastAPI supposes for every path with an id: here, such an id names nothing: 404."""
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                del operation["responses"]["422"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -223,15 +224,13 @@ def test_hundreds_of_hostile_requests_are_never_a_fault(server: ServedApp) -> No
     ids=["absolute", "old", "bytes", "nul", "two hosts", "websocket", "tls", "connect", "long"],
 )  # fmt: skip
 def test_what_no_client_sends_is_no_fault_either(server: ServedApp, raw: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+    answer = b""
+    # The server may have had enough before all is sent.
+    with socket.create_connection(("127.0.0.1", server.port), 10) as connection, suppress(ConnectionError, OSError):
         connection.sendall(raw)
         connection.shutdown(socket.SHUT_WR)
-        answer = b""
-        try:
-            while part := connection.recv(65536):
-                answer += part
-        except ConnectionResetError:
-            pass
+        while part := connection.recv(65536):
+            answer += part
     assert not answer.startswith(b"HTTP/1.1 5")
     if raw.startswith(b"GET /api/training-runs HTTP/1.0"):
         assert b" 400 " in answer and b"urn:sb3-mlflow-ckpt:wrong-host" in answer and POLICY.encode() in answer
