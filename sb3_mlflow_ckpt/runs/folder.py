@@ -76,6 +76,9 @@ class FolderRuns:
         self._items = Kept(_RUNS_WITH_ITEMS, _read_items, checkpoint_stamps)
         self._seen = Kept(_RUNS_WITH_GLANCES, self._glance, run_stamps)
 
+    def __str__(self) -> str:
+        return str(self.checkpoint_dir)
+
     def get(self, run_id: str) -> Document:
         """Return a run's record with its derived status and its `checkpoint_paths`."""
         with self._found(run_id) as folder:

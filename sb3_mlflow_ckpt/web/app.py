@@ -10,6 +10,7 @@ from sb3_mlflow_ckpt.web.checkpoint_files import Checks
 from sb3_mlflow_ckpt.web.conditional import Bodies
 from sb3_mlflow_ckpt.web.openapi import API_VERSION, describe_api
 from sb3_mlflow_ckpt.web.outages import PatientRuns
+from sb3_mlflow_ckpt.web.pages import add_pages
 from sb3_mlflow_ckpt.web.problems import add_problem_handlers
 from sb3_mlflow_ckpt.web.security import Doorkeeper
 from sb3_mlflow_ckpt.web.settings import WebSettings
@@ -42,5 +43,6 @@ def create_app(store: RunReader, settings: WebSettings) -> FastAPI:
     add_problem_handlers(app)
     app.include_router(router)
     describe_api(app)
+    add_pages(app)
     app.add_middleware(Doorkeeper, settings=settings)
     return app

@@ -19,7 +19,7 @@ _POINT_BEGINS = ("num_timesteps", "episode", "time")
 def run_list(page: Page, glances: Mapping[str, Glance]) -> Document:
     """Return a page of runs."""
     return {
-        "items": [{**run, "checkpoints": _counts(glances.get(run["run_id"], Glance()))} for run in page.items],
+        "items": [listed_run(run, glances) for run in page.items],
         "next_cursor": page.next_cursor,
         "previous_cursor": page.previous_cursor,
         "total": page.total,
@@ -27,6 +27,11 @@ def run_list(page: Page, glances: Mapping[str, Glance]) -> Document:
         "statuses": page.statuses,
         "choices": page.choices,
     }
+
+
+def listed_run(run: Mapping[str, Any], glances: Mapping[str, Glance]) -> Document:
+    """Return a run as a list shows it: its summary, and what there is of its checkpoints."""
+    return {**run, "checkpoints": _counts(glances.get(run["run_id"], Glance()))}
 
 
 def _counts(glance: Glance) -> Document:

@@ -35,6 +35,9 @@ class PatientRuns:
         self._ask_again_at = 0.0
         self._lock = threading.Lock()
 
+    def __str__(self) -> str:
+        return str(self._store)
+
     def get(self, run_id: str) -> Document:
         with self._watched():
             return self._store.get(run_id)

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import importlib.resources
-import json
 import re
 import shutil
-import socket
-import subprocess
-import sys
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, sync_playwright
-from processes import environment, wait_for
+from web_server import ServeCommand, ask
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
@@ -43,59 +37,32 @@ def running_browser(*flags: str) -> Iterator[Browser]:
 
 
 class Server:
-    """`sb3-mlflow-ckpt serve` in a process of its own, on two free ports of the loopback.
+    """The command `serve` on two free ports of the loopback.
 
     Args:
-        cwd: Its working folder, where its output goes to `serve.log`.
+        folder: Where it is started and its output kept.
         flags: What it is called with.
     """
 
-    def __init__(self, cwd: Path, *flags: object) -> None:
-        self.api_port, self.ui_port = _free_ports(2)
-        self._log = cwd / f"serve-{self.ui_port}.log"
-        ports = ("--port", str(self.api_port), "--ui-port", str(self.ui_port))
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "sb3_mlflow_ckpt", "serve", *ports, *map(str, flags)],
-                cwd=cwd, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True,
-            )  # fmt: skip
+    def __init__(self, folder: Path, *flags: object) -> None:
+        self._command = ServeCommand(folder, "--port", 0, "--ui-port", 0, *flags)
         try:
-            wait_for(self._answers, f"an answer of the server; it said: {self._log.read_text()}", self._process)
+            self.api_port, self.ui_port = self._command.ports()
         except BaseException:
             self.stop()
             raise
 
     @property
     def ui(self) -> str:
-        return f"http://127.0.0.1:{self.ui_port}"
+        return f"http://localhost:{self.ui_port}"
 
-    @property
-    def api(self) -> str:
-        return f"http://127.0.0.1:{self.api_port}"
-
-    def json(self, path: str) -> Any:
+    def json(self, target: str) -> Any:
         """Return what the API answers."""
-        with urllib.request.urlopen(self.api + path, timeout=30) as answer:
-            return json.load(answer)
-
-    def log(self) -> str:
-        """Return what it has printed."""
-        return self._log.read_text()
+        return ask(self.api_port, target).json
 
     def stop(self) -> None:
         """End it; the same again does nothing."""
-        if self._process.poll() is None:
-            self._process.terminate()
-            self._process.wait(30)
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.api}/healthz", timeout=5):
-                return True
-        except urllib.error.HTTPError:
-            return True  # It lives, whatever it says of its database.
-        except (urllib.error.URLError, OSError):
-            return False
+        self._command.stop()
 
 
 class Visitor:
@@ -162,14 +129,6 @@ def inside_viewport(page: Page, box: dict[str, float] | None) -> bool:
     size = page.viewport_size
     assert size is not None
     return box is not None and box["x"] >= 0 and box["x"] + box["width"] <= size["width"]
-
-
-def _free_ports(count: int) -> Sequence[int]:
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
 
 
 def words(text: str) -> str:
