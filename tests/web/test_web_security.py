@@ -101,6 +101,18 @@ def test_an_answer_to_a_fault_tells_nothing_of_the_inside(serve, tmp_path: Path,
     assert "a secret of the inside" in caplog.text
 
 
+def test_a_page_of_a_problem_that_fails_itself_leaves_the_problem(serve) -> None:
+    app = serve()
+
+    def page(request: object, problem: object) -> None:
+        raise RuntimeError("a secret of the inside")
+
+    app.app.state.problem_page = page
+    answer = app.ask("/nothing")
+    assert (answer.status, answer.headers["content-type"]) == (404, "application/problem+json")
+    assert "secret" not in answer.body.decode()
+
+
 def test_without_the_token_nothing_is_told(serve, tmp_path: Path) -> None:
     start_run(tmp_path / "checkpoints", FIRST).close()
     app = serve(token=TOKEN)
@@ -149,6 +161,7 @@ def test_a_proxys_place_is_where_the_cookie_belongs_and_where_addresses_begin(se
     # With and without a proxy that takes its own place away.
     for path in (f"/history{RUNS}/{FIRST}", f"{RUNS}/{FIRST}"):
         assert app.ask(path, headers=bearer).json["urls"]["self"] == f"/history{RUNS}/{FIRST}"
+    assert app.ask("/history", headers=bearer).headers["location"] == "/history/"
     assert app.ask(f"/history{RUNS}/", headers=bearer).headers["location"] == f"/history{RUNS}"
 
 
