@@ -123,7 +123,7 @@ def runs_show_command(run_id: str, checkpoint_dir: str, mongo_uri: str | None, m
 
         print_json(run_document(run, WebSettings(Path(checkpoint_dir))))
         return
-    from sb3_mlflow_ckpt.cli.tables import print_run
+    from sb3_mlflow_ckpt.cli.run_report import print_run
     from sb3_mlflow_ckpt.runs.lineage import lineage
     from sb3_mlflow_ckpt.runs.reader import Glance
 
