@@ -17,6 +17,7 @@ import http.client
 import json
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -302,6 +303,8 @@ def watch(server: Server, checkpoint_dir: Path, tabs: int, live: int, seconds: f
     ended.set()
     for thread in threads:
         thread.join()
+    for folder in folders:
+        shutil.rmtree(folder.path)
     cpu = after.user + after.system - before.user - before.system
     slowest = statistics.quantiles([answer.seconds for answer in took], n=20)[-1]
     return [
