@@ -49,6 +49,7 @@ from sb3_mlflow_ckpt.runs.folder import FolderRuns  # noqa: E402
 from sb3_mlflow_ckpt.runs.mongo_database import (  # noqa: E402
     ATTEMPT,
     CHECKPOINTS,
+    CURVE_END,
     END,
     LEVEL,
     METRICS,
@@ -155,7 +156,9 @@ def fill_database(uri: str, database: str, checkpoint_dir: Path) -> None:
             own = {"run_id": folder.run_id, "schema_version": SCHEMA_VERSION, ATTEMPT: 1}
             if collection == RUNS:
                 record = encode(json.loads(folder.record.read_bytes()))
-                yield {"_id": folder.run_id, **record, UPDATED_AT: now, SEEN_AT: now}
+                last = read_points(folder.metrics)[0][-1]
+                end = {"time": last.point["time"], "num_timesteps": last.point["num_timesteps"], END: last.end}
+                yield {"_id": folder.run_id, **record, UPDATED_AT: now, SEEN_AT: now, CURVE_END: end}
             elif collection == CHECKPOINTS:
                 yield from ({**encode(item), **own} for item in runs.checkpoints(folder.run_id))
             else:

@@ -30,7 +30,13 @@ _COLOURS = 128
 # A working folder's name is seen in the pictures' commands.
 _FOLDER = "cartpole"
 _TRAINER = (sys.executable, "-m", "sb3_mlflow_ckpt.trainer", "--device", "cpu", "--mlflow", "false", "--seed", "7")
-_PPO = ("--run-name", "PPO baseline", "--agent-id", "ppo_agent", "--checkpoint-interval-episodes", "50")
+_ALL = ("--keep-last-n-checkpoints", 0)
+# What RL Baselines3 Zoo found for CartPole.
+_PPO = ("--n-envs", 8, "--learning-rate", "lin_0.001", "--hyperparameters",
+        "{n_steps: 32, batch_size: 256, n_epochs: 20, gae_lambda: 0.8, gamma: 0.98}")  # fmt: skip
+_DQN = ("--algo", "dqn", "--learning-rate", 2.3e-3, "--hyperparameters",
+        "{learning_starts: 1000, target_update_interval: 10, train_freq: 256, gradient_steps: 128,"
+        " exploration_fraction: 0.16, exploration_final_eps: 0.04}")  # fmt: skip
 
 
 def main() -> None:
@@ -53,25 +59,24 @@ def main() -> None:
 
 def train(folder: Path) -> tuple[str, subprocess.Popen[bytes]]:
     """Train a chain of two, three other runs, and one that goes on; return the id of the resumed one, and the last."""
+    typo = ("--run-name", "PPO, a typo", "--agent-id", "ppo_typo", *_PPO, "--learning-rate", 1e20)
+    start(folder, *typo, "--total-timesteps", 60_000).wait(DEADLINE)
     others = [
-        start(folder, "--run-name", "A2C", "--algo", "a2c", "--total-timesteps", 60_000),
-        start(folder, "--run-name", "PPO, learning rate 10", "--learning-rate", 10, "--total-timesteps", 60_000),
+        start(folder, "--run-name", "A2C", "--algo", "a2c", "--n-envs", 8, "--total-timesteps", 100_000),
+        start(folder, "--run-name", "DQN", *_DQN, "--total-timesteps", 50_000),
     ]
-    for process in others:
-        process.wait(DEADLINE)
-    dqn = start(folder, "--run-name", "DQN", "--algo", "dqn", "--total-timesteps", 30_000)
-    first = start(folder, *_PPO, "--total-timesteps", 120_000)
-    wait_for(lambda: len(list(folder.glob("checkpoints/ppo_agent/*/ep*_metadata.json"))) > 2, first)
+    first = start(folder, "--run-name", "PPO", *_PPO, *_ALL, "--total-timesteps", 120_000)
+    wait_for(lambda: len(saved(folder, "ppo_agent")) >= 5, first)
     first.terminate()
     first.wait(DEADLINE)
-    source = newest(folder, "ppo_agent/*/ep*.zip")
-    again = ("--run-name", "PPO, slower", "--learning-rate", "1e-4", "--resume-from-checkpoint", source)
-    start(folder, *_PPO[2:], *again, "--total-timesteps", 120_000).wait(DEADLINE)
-    dqn.wait(DEADLINE)
-    resumed = newest(folder, "ppo_agent/*/run.json").parent.name
-    larger = ("--run-name", "PPO, larger batches", "--agent-id", "ppo_large", "--hyperparameters", "{batch_size: 256}")
-    live = start(folder, *larger, "--total-timesteps", 10_000_000)
-    wait_for(lambda: len(list(folder.glob("checkpoints/ppo_large/*/ep*_metadata.json"))) > 1, live)
+    again = ("--run-name", "PPO, finer", "--learning-rate", "lin_3e-4", "--resume-from-checkpoint", "latest")
+    start(folder, *again, "--agent-id", "ppo_agent", "--total-timesteps", 120_000).wait(DEADLINE)
+    resumed = max(saved(folder, "ppo_agent"), key=lambda path: path.stat().st_mtime).parent.name
+    for process in others:
+        process.wait(DEADLINE)
+    live = start(folder, "--run-name", "PPO, larger network", "--agent-id", "ppo_large", "--total-timesteps", 2_000_000,
+                 *_PPO[:-1], "{n_steps: 32, batch_size: 256, policy_kwargs: {net_arch: [256, 256]}}")  # fmt: skip
+    wait_for(lambda: len(saved(folder, "ppo_large")) > 2, live)
     return resumed, live
 
 
@@ -82,9 +87,9 @@ def start(folder: Path, *flags: object) -> subprocess.Popen[bytes]:
         return subprocess.Popen([*_TRAINER, *map(str, flags)], cwd=folder, env=environment, stdout=log, stderr=log)
 
 
-def newest(folder: Path, pattern: str) -> Path:
-    """Return the file that was written last."""
-    return max(folder.glob(f"checkpoints/{pattern}"), key=lambda path: path.stat().st_mtime)
+def saved(folder: Path, agent_id: str) -> list[Path]:
+    """Return the committed checkpoints of an agent."""
+    return list(folder.glob(f"checkpoints/{agent_id}/*/ep*_metadata.json"))
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes]) -> None:

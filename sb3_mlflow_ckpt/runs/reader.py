@@ -5,6 +5,7 @@ Never imports a store's client.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,6 +20,9 @@ Document: TypeAlias = dict[str, Any]
 Documents: TypeAlias = list[Document]
 
 SPARKLINE_POINTS = 48
+RUNS_WITH_ITEMS = 64
+"""Of how many runs a reader keeps the checkpoints: there may be thousands."""
+RUNS_WITH_GLANCES = 4096
 
 
 class RunReader(Protocol):
@@ -135,6 +139,12 @@ def summary(record: Mapping[str, Any], now: datetime | None = None, seen: dateti
 def may_change_by_itself(status: str | None) -> bool:
     """Return whether a status, stored or derived, is one that time alone can change."""
     return status is not None and status not in TERMINAL_STATUSES
+
+
+def part_of(items: Documents, before: int | None, limit: int | None) -> Documents:
+    """Return the items of `checkpoint_paths` below an episode, and of those so many, the highest."""
+    end = len(items) if before is None else bisect_left(items, before, key=lambda item: int(item["episode"]))
+    return items[0 if limit is None else max(0, end - limit) : end]
 
 
 def glance(summary: Mapping[str, Any], checkpoints: Sequence[Document], curve: Sequence[Document]) -> Glance:

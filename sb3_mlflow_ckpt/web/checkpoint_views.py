@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from sb3_mlflow_ckpt.resume_commands import Program, Source, given_again, resume_command
@@ -123,9 +124,16 @@ def checkpoint_list(
         total=total,
         older=older,
         newest_shown=newest is items,
-        primary=next((row for row in candidates if row.commands), None),
-        given_again=tuple(map(formats.text, given_again(record))),
+        # The one that was saved last: a run that went back to an older one has lower numbers after higher ones.
+        primary=max((row for row in candidates if row.commands), key=_saved, default=None),
+        given_again=tuple(
+            dict.fromkeys(formats.text(line) for p in PROGRAMS for line in given_again(record, program=p))
+        ),
     )
+
+
+def _saved(row: CheckpointRow) -> tuple[str, int]:
+    return row.saved.iso if row.saved is not None else "", row.episode
 
 
 def best_episode(items: Sequence[Mapping[str, Any]]) -> int | None:

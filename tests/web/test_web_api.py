@@ -212,11 +212,11 @@ def test_one_run_nine_runs_and_the_same_run_cannot_be_compared(server: ServedApp
 @pytest.mark.parametrize(
     "path",
     [
-        "/api", "/api/nothing", f"{RUNS}/{'8' * 32}", f"{RUNS}/{UNREADABLE}", f"{RUNS}/{'8' * 32}/metrics",
+        "/api/nothing", f"{RUNS}/{'8' * 32}", f"{RUNS}/{UNREADABLE}", f"{RUNS}/{'8' * 32}/metrics",
         f"{RUNS}/{'8' * 32}/metrics?stitched=1", f"{RUNS}/{'8' * 32}/lineage", f"{RUNS}/{'8' * 32}/checkpoints",
         f"{RUNS}/{FIRST}/checkpoints/51", f"{RUNS}/{FIRST}/checkpoints/x", f"{RUNS}/{FIRST}/checkpoints/-1",
         f"{RUNS}/{FIRST}/checkpoints/51/download", f"{RUNS}/{FIRST}/checkpoints/{10**30}",
-        f"/api/compare?run={FIRST}&run=x", "/nothing", f"{RUNS}/{'x' * 2000}",
+        f"/api/compare?run={FIRST}&run=x", f"{RUNS}/{'x' * 2000}",
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_a_problem_404(server: ServedApp, path: str) -> None:
