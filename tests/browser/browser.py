@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,9 @@ class Visitor:
         self.requests.append(request.url)
         if not request.url.startswith((f"{self._origin}/", "data:", "about:", "blob:")):
             self.problems.append(f"request to another place: {request.url}")
+
+
+Visit = Callable[..., Visitor]
 
 
 def axe_violations(page: Page) -> list[str]:

@@ -65,9 +65,9 @@ def lacking(text: str, wanted: Iterable[str]) -> list[str]:
 def facts_of_row(record: Mapping[str, Any]) -> list[str]:
     """Return what a list must say of a run."""
     progress, saved = record["progress"], record["checkpoint_paths"]
-    found = [record["name"], record["run_id"][:8], record["status"], record["agent_id"], record["algo"]]
+    found = [record["name"], record["run_id"][:8], record["status"], record["agent_id"], record["algo"].upper()]
     found += [record["env_id"], formats.count(progress["num_timesteps"]), formats.count(progress["total_timesteps"])]
-    found += [f"{100 * progress['num_timesteps'] // progress['total_timesteps']} %".replace("101 %", "100 %")]
+    found += [f"{min(100, 100 * progress['num_timesteps'] // progress['total_timesteps'])} %"]
     found += [formats.reward(progress["mean_reward"]), formats.reward(progress["best_mean_reward"])]
     found += [f"{len(saved)} saved", f"ep {resumable(record)[-1]['episode']}"]
     if record["parent"]:

@@ -7,17 +7,25 @@ import re
 from typing import Any
 
 import pytest
-from browser import Server
-from conftest import Visit
-from history import checkpoint_row, facts_of_row, lacking, primary_button, run_row, shown_runs, terms, text_of, texts_of, times_in
-from playwright.sync_api import expect
+from browser import Server, Visit
+from history import (
+    checkpoint_row,
+    facts_of_row,
+    lacking,
+    primary_button,
+    run_row,
+    shown_runs,
+    terms,
+    text_of,
+    texts_of,
+    times_in,
+)
+from playwright.sync_api import Page, expect
 from real_runs import NAMES, RealRuns
 
 from sb3_mlflow_ckpt.runs.comparison import config_differences, flat_config
 from sb3_mlflow_ckpt.runs.lineage import lineage
 from sb3_mlflow_ckpt.web import formats
-
-FORMS = [(program, source) for program in ("trainer", "mlflow") for source in ("path", "uri")]
 
 
 def test_the_list_says_of_each_run_what_its_record_says(server: Server, visit: Visit, real_runs: RealRuns) -> None:
@@ -62,7 +70,7 @@ def test_a_run_s_page_says_what_its_record_says(server: Server, visit: Visit, re
     whole = text_of(page.locator("main"))
     git = record["git"] or {}
     wanted = [record["run_id"], record["status"], record["host"], str(record["pid"]), record["agent_id"]]
-    wanted += [record["env_id"], record["algo"], record["command"], str(record["config"]["seed"])]
+    wanted += [record["env_id"], record["algo"].upper(), record["command"], str(record["config"]["seed"])]
     wanted += [str(git.get("commit") or "")[:12], *record["versions"], *record["versions"].values()]
     assert lacking(whole, wanted) == []
     figures = text_of(page.locator("#figures"))
@@ -73,27 +81,10 @@ def test_a_run_s_page_says_what_its_record_says(server: Server, visit: Visit, re
     assert record["started_at"] in times_in(page.locator("#figures"))
     if record["ended_at"]:
         assert record["ended_at"] in times_in(page.locator("main"))
+    _check_checkpoints(page, record)
 
 
-@pytest.mark.parametrize("name", ["baseline", "third of three"])
-def test_the_whole_configuration_is_there(server: Server, visit: Visit, real_runs: RealRuns, name: str) -> None:
-    record = real_runs.record(name)
-    page = visit(server).open(f"/training/{record['run_id']}")
-    shown: dict[str, str] = {}
-    for group in page.locator(".config .group").all():
-        head = text_of(group.locator("h3"))
-        prefix = "" if head == "Settings" else f"{head}."
-        shown |= {f"{prefix}{key}": value for key, value in terms(group).items()}
-    def written(value: Any) -> str:
-        return re.sub(r"\s+", " ", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-
-    assert shown == {key: written(value) for key, value in flat_config(record["config"]).items()}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_checkpoints_are_those_of_the_folder(server: Server, visit: Visit, real_runs: RealRuns, name: str) -> None:
-    record = real_runs.record(name)
-    page = visit(server).open(f"/training/{record['run_id']}")
+def _check_checkpoints(page: Page, record: dict[str, Any]) -> None:
     shown = page.locator("#checkpoints table tbody").evaluate_all("rows => rows.map(row => row.id)")
     assert shown == [f"ep-{item['episode']}" for item in reversed(record["checkpoint_paths"])]
     for item in record["checkpoint_paths"]:
@@ -111,6 +102,21 @@ def test_the_checkpoints_are_those_of_the_folder(server: Server, visit: Visit, r
             wanted += ["in MLflow", item["uri"]]
         assert lacking(text_of(row), wanted) == []
         assert item["timestamp"] in times_in(row)
+
+
+@pytest.mark.parametrize("name", ["baseline", "third of three"])
+def test_the_whole_configuration_is_there(server: Server, visit: Visit, real_runs: RealRuns, name: str) -> None:
+    record = real_runs.record(name)
+    page = visit(server).open(f"/training/{record['run_id']}")
+    shown: dict[str, str] = {}
+    for group in page.locator(".config .group").all():
+        head = text_of(group.locator("h3"))
+        prefix = "" if head == "Settings" else f"{head}."
+        shown |= {f"{prefix}{key}": value for key, value in terms(group).items()}
+    def written(value: Any) -> str:
+        return re.sub(r"\s+", " ", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+    assert shown == {key: written(value) for key, value in flat_config(record["config"]).items()}
 
 
 def test_a_failed_run_shows_its_error(server: Server, visit: Visit, real_runs: RealRuns) -> None:
@@ -199,7 +205,7 @@ def test_runs_are_compared(server: Server, visit: Visit, real_runs: RealRuns) ->
     rows = {text_of(row.locator("th")): texts_of(row.locator("td")) for row in page.locator("#sides tbody tr").all()}
     for title, values in {
         "Status": [run["status"] for run in by_order],
-        "Algorithm": [run["algo"] for run in by_order],
+        "Algorithm": [run["algo"].upper() for run in by_order],
         "Agent": [run["agent_id"] for run in by_order],
         "Best reward": [formats.reward(run["progress"]["best_mean_reward"]) for run in by_order],
         "Last reward": [formats.reward(run["progress"]["mean_reward"]) for run in by_order],
@@ -223,7 +229,7 @@ def test_runs_are_compared(server: Server, visit: Visit, real_runs: RealRuns) ->
     expect(page.get_by_role("heading", level=1)).to_contain_text(order[0])
 
 
-def test_the_api_s_page_names_every_route_and_its_examples_work(server: Server, visit: Visit) -> None:
+def test_the_api_s_page_names_every_route(server: Server, visit: Visit) -> None:
     page = visit(server).open("/api")
     described = server.json("/api/openapi.json")["paths"]
     sections = page.locator("section.route")
