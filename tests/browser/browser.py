@@ -15,7 +15,12 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, R
 from web_server import ServeCommand, ask
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
+ANOTHER_NAME = "training-box"
+"""A name under which the browser reaches the loopback: on http, pages of another one than localhost may do less."""
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+    f"--host-resolver-rules=MAP {ANOTHER_NAME} 127.0.0.1",
+)
 DESKTOP, PHONE = (1280, 900), (390, 844)
 
 
@@ -28,10 +33,10 @@ def chromium() -> str:
 
 
 @contextmanager
-def running_browser(*flags: str) -> Iterator[Browser]:
+def running_browser() -> Iterator[Browser]:
     """Run a browser for as long as a block."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=[*FLAGS, *flags])
+        browser = playwright.chromium.launch(executable_path=chromium(), args=list(FLAGS))
         yield browser
         browser.close()
 

@@ -7,17 +7,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from browser import DESKTOP, PHONE, Server, Visit, Visitor, inside_viewport, running_browser
+from browser import ANOTHER_NAME, DESKTOP, PHONE, Server, Visit, inside_viewport
 from history import checkpoint_row, copy_button, primary_button, resumable
 from pasting import pasted
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Locator, Page, expect
 from real_runs import RealRuns
 
 from sb3_mlflow_ckpt.resume_commands import resume_command
 
 PERMISSIONS = ["clipboard-read", "clipboard-write"]
 FORMS = [(program, source) for program in ("trainer", "mlflow") for source in ("path", "uri")]
-ANOTHER_NAME = "training-box"
 
 
 @pytest.fixture(scope="module")
@@ -128,31 +127,25 @@ def test_ids_and_paths_are_copied(server: Server, visit: Visit, own_runs: RealRu
     assert clipboard(page) == item["path"]
 
 
-def test_a_page_without_the_clipboard_s_permission_copies_all_the_same(
-    server: Server, own_runs: RealRuns
-) -> None:
+def test_a_page_that_has_no_clipboard_copies_all_the_same(server: Server, visit: Visit, own_runs: RealRuns) -> None:
     """On http and another name than localhost a browser gives pages no `navigator.clipboard`."""
     record = own_runs.record("stopped")
-    with running_browser(f"--host-resolver-rules=MAP {ANOTHER_NAME} 127.0.0.1") as browser:
-        stranger = Visitor(browser, server, origin=f"http://{ANOTHER_NAME}:{server.ui_port}")
-        page = stranger.open(f"/training/{record['run_id']}")
-        assert page.evaluate("() => [window.isSecureContext, navigator.clipboard]") == [False, None]
-        primary_button(page).click()
-        expect(primary_button(page)).to_have_text("Copied")
-        reader = Visitor(browser, server, permissions=PERMISSIONS)
-        assert clipboard(reader.open("/training")) == command_of(record, record["checkpoint_paths"][-1])
-        # Nothing is left of the field that it was copied from, and the focus is where it was.
-        expect(primary_button(page)).to_be_focused()
-        assert page.locator("textarea").count() == 0
-        reader.close()
-        stranger.close()
+    page = visit(server, origin=f"http://{ANOTHER_NAME}:{server.ui_port}").open(f"/training/{record['run_id']}")
+    assert page.evaluate("() => [isSecureContext, 'clipboard' in navigator]") == [False, False]
+    primary_button(page).click()
+    expect(primary_button(page)).to_have_text("Copied")
+    reader = visit(server, permissions=PERMISSIONS).open("/training")
+    assert clipboard(reader) == command_of(record, record["checkpoint_paths"][-1])
+    # Nothing is left of the field that it was copied from, and the focus is where it was.
+    expect(primary_button(page)).to_be_focused()
+    assert page.locator("textarea").count() == 0
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_every_button_that_copies_is_inside_the_window(
-    server: Server, browser: Browser, own_runs: RealRuns, size: tuple[int, int]
+    server: Server, visit: Visit, own_runs: RealRuns, size: tuple[int, int]
 ) -> None:
-    visitor = Visitor(browser, server, size=size)
+    visitor = visit(server, size=size)
     for name in ("tracked", "baseline", "damaged"):
         page = visitor.open(f"/training/{own_runs.id(name)}")
         box = primary_button(page).bounding_box()
@@ -166,7 +159,6 @@ def test_every_button_that_copies_is_inside_the_window(
             assert [found for found in buttons if not inside_viewport(page, found.bounding_box())] == []
             assert all((found.bounding_box() or {}).get("height", 0) >= 28 for found in buttons)
         assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
-    visitor.close()
 
 
 def test_a_pruned_checkpoint_offers_nothing_to_copy(server: Server, visit: Visit, own_runs: RealRuns) -> None:
