@@ -22,6 +22,7 @@ _SAID = {
     "corrupt": "damaged",
     "unreadable": "not readable",
     "absent": "not on this host",
+    "gone": "not on disk",
     "unknown": "not checked yet",
 }
 
@@ -89,9 +90,9 @@ class CheckpointList:
     given_again: tuple[str, ...]
 
     @property
-    def has_choice(self) -> bool:
-        """Return whether any of them has a copy in MLflow and one in a file."""
-        return any(row.uri for row in self.rows)
+    def pruned(self) -> bool:
+        """Return whether nobody has some of them any more."""
+        return any(row.pruned for row in self.rows)
 
 
 def checkpoint_list(
@@ -113,8 +114,8 @@ def checkpoint_list(
         older: Below which episode there are more.
         newest: The run's newest ones, ascending: the primary command is the newest of them that can be resumed.
     """
-    rewards = [found for found in (number(item.get("mean_reward")) for item in items) if found is not None]
-    best = max(rewards, default=None)
+    is_whole = older is None and newest is items
+    best = best_episode(items) if is_whole else None
     rows = tuple(_row(record, item, checks, best) for item in reversed(items))
     candidates = rows if newest is items else tuple(_row(record, item, checks, None) for item in reversed(newest))
     return CheckpointList(
@@ -127,10 +128,18 @@ def checkpoint_list(
     )
 
 
-def _row(record: Document, item: Document, checks: Mapping[int, Check], best: float | None) -> CheckpointRow:
+def best_episode(items: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the checkpoint with the highest reward, the newest of equals; None where they do not differ."""
+    rewards = [(found, item["episode"]) for item in items if (found := number(item.get("mean_reward"))) is not None]
+    return max(rewards)[1] if rewards and min(rewards)[0] < max(rewards)[0] else None
+
+
+def _row(record: Document, item: Document, checks: Mapping[int, Check], best: int | None) -> CheckpointRow:
     episode = item["episode"]
     pruned = item.get("state") == "pruned"
     check = checks.get(episode) or Check("unknown")
+    if check.state == "absent" and item.get("on_disk") is not True:
+        check = Check("gone")
     reward = number(item.get("mean_reward"))
     path = item.get("path") if isinstance(item.get("path"), str) else ""
     return CheckpointRow(
@@ -150,8 +159,8 @@ def _row(record: Document, item: Document, checks: Mapping[int, Check], best: fl
         pruned=pruned,
         mirrored=bool(item.get("uri")) and not pruned,
         pinned=item.get("pinned") is True,
-        best=reward is not None and reward == best,
-        here=not pruned and item.get("on_disk") is True and check.state not in ("absent", "corrupt"),
+        best=episode == best,
+        here=not pruned and item.get("on_disk") is True and check.state not in ("absent", "gone", "corrupt"),
         commands=_commands(record, item, check),
     )
 

@@ -26,6 +26,8 @@ from sb3_mlflow_ckpt.web.run_facts import (
     status_of,
 )
 
+_CHART_WIDTH = 1280
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -83,7 +85,7 @@ def comparison(records: Sequence[Document], curves: Sequence[Documents], glances
     rows = settings(records)
     return Comparison(
         runs=runs,
-        chart=comparison_chart(series),
+        chart=comparison_chart(series, width=_CHART_WIDTH),
         settings=rows,
         differences=sum(row.differs for row in rows),
         is_live=any(is_live(run.status) for run in runs),

@@ -139,6 +139,6 @@ def duration(seconds: float) -> str:
 
 
 def between(begin: Any, end: Any) -> str:
-    """Return how long it is from one of a record's times to another; empty where one is none."""
+    """Return how long it is from one of a record's times to a later one; empty where one is none."""
     first, last = parsed(begin), parsed(end)
-    return "" if first is None or last is None else duration((last - first).total_seconds())
+    return "" if first is None or last is None or last < first else duration((last - first).total_seconds())

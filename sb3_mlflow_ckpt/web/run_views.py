@@ -29,7 +29,7 @@ from sb3_mlflow_ckpt.web.run_facts import (
     span_of,
     status_of,
 )
-from sb3_mlflow_ckpt.web.scales import spread
+from sb3_mlflow_ckpt.web.scales import number, spread
 
 _TABLE_ROWS = 60
 _TOP_GROUP = "settings"
@@ -138,6 +138,7 @@ def run_page(
     progress, run = mapping(record.get("progress")), run_link(record)
     algo, env = algo_name(record.get("algo")), formats.text(record.get("env_id"))
     status = status_of(record)
+    rewards = [found for point in (segments[-1].points if segments else ()) if (found := _reward(point)) is not None]
     return RunPage(
         run=run,
         title=run.name if run.named else " on ".join(filter(None, (algo, env))) or run.short,
@@ -153,8 +154,9 @@ def run_page(
         progress=progress_of(progress),
         episodes=formats.count(progress.get("episode")),
         speed=formats.count(progress.get("steps_per_second")),
-        last=formats.reward(progress.get("mean_reward")),
-        best=formats.reward(progress.get("best_mean_reward")),
+        # A record is renewed less often than its curve, and older ones do not tell the best.
+        last=formats.reward(progress.get("mean_reward")) or formats.reward(next(iter(rewards[-1:]), None)),
+        best=formats.reward(progress.get("best_mean_reward")) or formats.reward(max(rewards, default=None)),
         parent=parent_link(record),
         exactness=exactness(record),
         mlflow=mlflow_url(record, mlflow_ui_url),
@@ -258,6 +260,10 @@ def failure(record: Mapping[str, Any]) -> Failure | None:
         formats.block(error.get("message")),
         formats.block(error.get("traceback")),
     )
+
+
+def _reward(point: Mapping[str, Any]) -> float | None:
+    return number(point.get("ep_rew_mean"))
 
 
 def _pairs(value: Any) -> list[tuple[Any, Any]]:

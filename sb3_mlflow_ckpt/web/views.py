@@ -33,7 +33,7 @@ from sb3_mlflow_ckpt.web.run_facts import (
 COLUMNS: Mapping[str, str] = {
     "status": "Status",
     "name": "Run",
-    "algo": "Algorithm / environment",
+    "algo": "Algorithm",
     "mean_reward": "Reward",
     "num_timesteps": "Progress",
     "started_at": "Started",
@@ -170,6 +170,7 @@ def run_row(run: Mapping[str, Any], glance: Glance) -> RunRow:
     """Return one run of the list."""
     latest, progress = glance.latest or {}, mapping(run.get("progress"))
     mirror, kind = mirror_state(run, glance)
+    rewards = [reward for _, reward in glance.rewards]
     return RunRow(
         run=run_link(run),
         status=status_of(run),
@@ -177,8 +178,9 @@ def run_row(run: Mapping[str, Any], glance: Glance) -> RunRow:
         algo=algo_name(run.get("algo")),
         env=formats.text(run.get("env_id")),
         rewards=sparkline(glance.rewards),
-        last=formats.reward(progress.get("mean_reward")),
-        best=formats.reward(progress.get("best_mean_reward")),
+        # A record is renewed less often than its curve, and older ones do not tell the best.
+        last=formats.reward(progress.get("mean_reward")) or formats.reward(next(iter(rewards[-1:]), None)),
+        best=formats.reward(progress.get("best_mean_reward")) or formats.reward(max(rewards, default=None)),
         progress=progress_of(progress),
         checkpoints=glance.checkpoints,
         latest_episode=formats.count(latest.get("episode")),

@@ -140,7 +140,7 @@ let tag = null;
 let timer = null;
 let asking = false;
 
-const isLive = () => $("[data-live]") !== null;
+const isLive = () => $("main [data-live]") !== null;
 const isActive = () => $("[data-active]") !== null;
 
 async function ask() {
