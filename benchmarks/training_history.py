@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from pymongo import MongoClient
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -57,8 +58,9 @@ from sb3_mlflow_ckpt.runs.mongo_database import (  # noqa: E402
     RUNS,
     SEEN_AT,
     UPDATED_AT,
+    connect,
     encode,
-    open_database,
+    make_indexes,
 )
 
 AGENTS = ("ppo_agent", "dqn_agent", "sac_agent", "a2c_agent")
@@ -150,7 +152,7 @@ def write_runs(checkpoint_dir: Path, runs: int, checkpoints: int, points: int) -
 
 def fill_database(uri: str, database: str, checkpoint_dir: Path) -> None:
     """Write all runs to a database as the mirror would, many documents at a time."""
-    opened = open_database(uri, database)
+    opened = connect(uri, database)
     runs = FolderRuns(checkpoint_dir)
     folders = [RunFolder(checkpoint_dir, run["agent_id"], run["run_id"]) for run in runs.summaries()]
     now = datetime.now(timezone.utc)
@@ -174,6 +176,9 @@ def fill_database(uri: str, database: str, checkpoint_dir: Path) -> None:
         while batch := [*islice(rest, 1000)]:
             opened[collection].insert_many(batch, ordered=False)
     opened.client.close()
+    # Indexes that are there before would be brought up to date with each document; built at the end they may take long.
+    with MongoClient[dict[str, Any]](uri, w="majority", journal=True) as patient:
+        make_indexes(patient[database])
 
 
 @dataclass(frozen=True)
