@@ -14,7 +14,7 @@ from typing import Any
 from pymongo import ASCENDING, DESCENDING
 
 from sb3_mlflow_ckpt.errors import RunNotFoundError
-from sb3_mlflow_ckpt.runs.curve import HIGHEST_LEVEL, PlacedPoint, lowest_level, thinned
+from sb3_mlflow_ckpt.runs.curve import HIGHEST_LEVEL, PlacedPoint, is_point, lowest_level, thinned
 from sb3_mlflow_ckpt.runs.document import derived_status
 from sb3_mlflow_ckpt.runs.kept import Kept
 from sb3_mlflow_ckpt.runs.mongo_database import (
@@ -150,7 +150,9 @@ class MongoRuns:
     def _items_of(self, database: MongoDatabase, stored: Mapping[str, Any]) -> Documents:
         def read() -> Documents:
             rows = database[CHECKPOINTS].find({"run_id": stored["_id"]})
-            return sorted((_item(row) for row in rows), key=lambda item: int(item["episode"]))
+            # Somebody else may have written something else.
+            items = [item for item in map(_item, rows) if isinstance(item.get("episode"), int)]
+            return sorted(items, key=lambda item: int(item["episode"]))
 
         return self._items.get(str(stored["_id"]), stored.get(UPDATED_AT), read)
 
@@ -215,7 +217,12 @@ def _sample(database: MongoDatabase, stored: Mapping[str, Any], points: int) -> 
     wanted = {"run_id": run_id, LEVEL: {"$gte": level}} if level else {"run_id": run_id}
     last = {"run_id": run_id, "time": end.get("time"), "num_timesteps": end.get("num_timesteps")}
     rows = {row["_id"]: row for row in (*database[METRICS].find(wanted), *database[METRICS].find(last))}
-    return [PlacedPoint(_item(row), int(row.get(LEVEL, HIGHEST_LEVEL)), 0) for row in rows.values()]
+    return [PlacedPoint(_item(row), _level(row), 0) for row in rows.values() if is_point(row)]
+
+
+def _level(row: Mapping[str, Any]) -> int:
+    level = row.get(LEVEL)
+    return level if isinstance(level, int) else HIGHEST_LEVEL
 
 
 def _server_time(database: MongoDatabase) -> datetime | None:

@@ -150,12 +150,13 @@ def part_of(items: Documents, before: int | None, limit: int | None) -> Document
 def glance(summary: Mapping[str, Any], checkpoints: Sequence[Document], curve: Sequence[Document]) -> Glance:
     """Return what a list shows of a run's checkpoints and of a few points of its curve."""
     there = [item for item in checkpoints if item.get("state") != "pruned"]
-    is_mirrored = "MLflow" in (summary.get("mirrors") or ())
+    mirrors = summary.get("mirrors")
+    is_mirrored = isinstance(mirrors, list) and "MLflow" in mirrors
     rewards = [(point["num_timesteps"], float(point["ep_rew_mean"])) for point in curve if _has_reward(point)]
     return Glance(
         checkpoints=len(checkpoints),
         resumable=len(there),
-        waiting=sum(item["state"] == "local" for item in there) if is_mirrored else 0,
+        waiting=sum(item.get("state") == "local" for item in there) if is_mirrored else 0,
         # The one that was saved last: a run that went back to an older one has lower numbers after higher ones.
         latest=max(there, key=lambda item: (str(item.get("timestamp")), item["episode"]), default=None),
         rewards=tuple(rewards),

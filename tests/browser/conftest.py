@@ -2,16 +2,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from browser import Server, Visitor, chromium, running_browser
+from browser import Server, Visit, Visitor, chromium, running_browser
 from filelock import FileLock
 from playwright.sync_api import Browser
 from real_runs import RealRuns, train_all
-
-Visit = Callable[..., Visitor]
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from sb3_mlflow_ckpt.runs.folder import FolderRuns
 
 @contextmanager
 def pasted(command: str, cwd: Path, parent: str, checkpoint_dirs: tuple[Path, ...]) -> Iterator[dict[str, Any]]:
-    """Run a command in a shell until it trains, and give the record of its run; end it behind the block.
+    """Run a command in a shell until its run has saved something, and give the run's record; end it behind the block.
 
     Args:
         command: The text as it was copied.
@@ -38,7 +38,7 @@ def pasted(command: str, cwd: Path, parent: str, checkpoint_dirs: tuple[Path, ..
 
     def trains() -> bool:
         started.update({key: run for key, run in _children(stores, parent).items() if key not in before})
-        return any(run["progress"]["num_timesteps"] > 0 or run["last_step_at"] for run in started.values())
+        return any(store.checkpoints(key) for store in stores for key in started)
 
     try:
         wait_for(trains, f"a run that goes on; the shell said: {log.read_text()}", shell)

@@ -23,6 +23,11 @@ from sb3_mlflow_ckpt.runs.folder import FolderRuns
 _PPO = ("--hyperparameters", "{n_steps: 128, batch_size: 64, n_epochs: 2}")
 _DQN = ("--hyperparameters", "{learning_starts: 200, buffer_size: 4000}")
 _CHECKPOINT_DIR = "checkpoints"
+NAMES = (
+    *("tracked", "first of three", "second of three", "third of three", "killed", "stopped", "baseline", "stalled"),
+    *("quick a2c", "quick dqn", "broken simulator", "pruned", "damaged"),
+)
+"""What the runs are called."""
 
 
 class RealRuns:

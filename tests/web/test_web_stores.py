@@ -68,13 +68,18 @@ def test_what_somebody_wrote_into_the_database_is_no_fault(serve, mongo_uri: str
     ]  # fmt: skip
     with MongoClient(mongo_uri) as client:
         client[mongo_database]["training_runs"].insert_many(hostile)
+        client[mongo_database]["training_checkpoints"].insert_many(
+            [{"run_id": row["_id"], "episode": episode} for row in hostile for episode in (5, 10**12)]
+        )
         client[mongo_database]["training_metrics"].insert_one({"run_id": "a" * 32, "time": "x", "num_timesteps": 5, "ep_rew_mean": float("nan")})
     store = MongoRuns(mongo_uri, mongo_database)
     app = serve(store)
-    for path in ("", *(f"/{row['_id']}{rest}" for row in hostile for rest in ("", "/metrics", "/lineage", "/checkpoints"))):
+    for path in ("", *(f"/{row['_id']}{rest}" for row in hostile for rest in ("", "/metrics", "/lineage", "/checkpoints", "/checkpoints/5"))):
         answer = app.ask(RUNS + path)
         assert answer.status == 200, (path, answer.body)
         assert b"NaN" not in answer.body and b"Infinity" not in answer.body
+    for path in ("", *(f"/{row['_id']}" for row in hostile), f"/compare?run={'a' * 32}&run={'d' * 32}"):
+        assert app.ask(f"/training{path}").status == 200, path
     store.close()
 
 
