@@ -17,6 +17,7 @@ import http.client
 import json
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,7 @@ from sb3_mlflow_ckpt.runs.folder import FolderRuns  # noqa: E402
 from sb3_mlflow_ckpt.runs.mongo_database import (  # noqa: E402
     ATTEMPT,
     CHECKPOINTS,
+    CURVE_END,
     END,
     LEVEL,
     METRICS,
@@ -73,14 +75,17 @@ def stamp(seconds: float) -> str:
 def record_of(number: int, run_id: str, chance: random.Random) -> dict[str, Any]:
     """Return a record as a training of a day leaves it."""
     agent = AGENTS[number % len(AGENTS)]
+    env_id = chance.choice(ENVIRONMENTS)
+    hyperparameters = {f"setting_{n}": chance.random() for n in range(20)}
+    config = {"algo": agent.split("_")[0], "env_id": env_id, "seed": number, "total_timesteps": 1_000_000}
     status = chance.choices(("completed", "failed", "interrupted", "running"), (80, 8, 10, 2))[0]
     record = new_record(
         run_id=run_id,
         agent_id=agent,
         name=f"sweep {number // 10} trial {number % 10}",
         algo=agent.split("_")[0].upper(),
-        env_id=chance.choice(ENVIRONMENTS),
-        config={"seed": number, "hyperparameters": {f"setting_{n}": chance.random() for n in range(20)}},
+        env_id=env_id,
+        config={**config, "hyperparameters": hyperparameters},
         total_timesteps=1_000_000,
         parent=None,
         root_run_id=None,
@@ -155,7 +160,9 @@ def fill_database(uri: str, database: str, checkpoint_dir: Path) -> None:
             own = {"run_id": folder.run_id, "schema_version": SCHEMA_VERSION, ATTEMPT: 1}
             if collection == RUNS:
                 record = encode(json.loads(folder.record.read_bytes()))
-                yield {"_id": folder.run_id, **record, UPDATED_AT: now, SEEN_AT: now}
+                last = read_points(folder.metrics)[0][-1]
+                end = {"time": last.point["time"], "num_timesteps": last.point["num_timesteps"], END: last.end}
+                yield {"_id": folder.run_id, **record, UPDATED_AT: now, SEEN_AT: now, CURVE_END: end}
             elif collection == CHECKPOINTS:
                 yield from ({**encode(item), **own} for item in runs.checkpoints(folder.run_id))
             else:
@@ -299,6 +306,8 @@ def watch(server: Server, checkpoint_dir: Path, tabs: int, live: int, seconds: f
     ended.set()
     for thread in threads:
         thread.join()
+    for folder in folders:
+        shutil.rmtree(folder.path)
     cpu = after.user + after.system - before.user - before.system
     slowest = statistics.quantiles([answer.seconds for answer in took], n=20)[-1]
     return [

@@ -209,6 +209,12 @@ class MirrorUnavailableError(ConnectionError):
             remedy = "Start it or correct the address" + (f"; {hint}" if hint else "")
             super().__init__(f"{name} at {uri} does not answer: {reason}. {remedy}")
 
+    def again(self) -> MirrorUnavailableError:
+        """Return a copy to raise in another thread: each keeps a traceback of its own."""
+        copy = MirrorUnavailableError(self.name, self.uri, self.cause, refused=self.refused)
+        copy.args = self.args
+        return copy
+
 
 class TrainingInterrupted(SystemExit):
     """Training stopped on a signal after its state was saved; the exit code is 128 + the signal's number.

@@ -117,14 +117,14 @@ class MongoMirror:
             run = StoredRun(self._lazy.get(), record["run_id"], int(record.get("attempt", 0)))
             try:
                 self._send_record(run, _plain(record), sent)
-                changed = self._send_checkpoints(run, journal, sent) | self._send_curve(run, journal, sent)
+                changed = self._send_checkpoints(run, journal, sent)
+                curve_end = self._send_curve(run, journal, sent)
                 if not sent.settled:
                     # All that this attempt knows bears its number now.
                     run.remove_older()
                     sent.settled = changed = True
-                if changed:
-                    # Last: who sees the stamp finds what it stands for.
-                    run.change({}, beats=False)
+                if changed or curve_end is not None:
+                    run.stamp(curve_end)
             except SupersededError:
                 self._warn_of_successor(record, sent)
 
@@ -162,7 +162,7 @@ class MongoMirror:
             lines += run.make_same(CHECKPOINTS, entries, ("episode",), "checkpoints")
             lines += run.make_same(METRICS, points, ("time", "num_timesteps"), "learning curve")
             if lines:
-                run.change({}, beats=False)
+                run.stamp(points[-1] if points else None)
         return lines
 
     def tell_end(self, record: Mapping[str, Any]) -> None:
@@ -211,13 +211,14 @@ class MongoMirror:
             sent.checkpoints.update({episode: facts[episode] for episode in batch})
         return bool(changed)
 
-    def _send_curve(self, run: StoredRun, journal: RunJournal, sent: _Sent) -> bool:
-        any_sent = False
+    def _send_curve(self, run: StoredRun, journal: RunJournal, sent: _Sent) -> dict[str, Any] | None:
+        """Send the points that are missing; return the last of them."""
+        last = None
         while sent.waiting or self._read_points(journal, sent):
             run.upsert(METRICS, sent.waiting[:BATCH], ("time", "num_timesteps"))
+            last = sent.waiting[:BATCH][-1]
             del sent.waiting[:BATCH]
-            any_sent = True
-        return any_sent
+        return last
 
     def _read_points(self, journal: RunJournal, sent: _Sent) -> bool:
         """Read a slice of the curve: how long an outage was must not show in the memory that its end takes."""

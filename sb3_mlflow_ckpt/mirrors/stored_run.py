@@ -17,6 +17,8 @@ from sb3_mlflow_ckpt.runs.document import SCHEMA_VERSION
 from sb3_mlflow_ckpt.runs.mongo_database import (
     ATTEMPT,
     CHECKPOINTS,
+    CURVE_END,
+    END,
     METRICS,
     RUNS,
     SEEN_AT,
@@ -28,6 +30,7 @@ from sb3_mlflow_ckpt.runs.mongo_database import (
 BATCH = 100
 """Documents in one request: few enough that it ends well within the time that an operation may take."""
 _DUPLICATE_KEY = 11000
+_END_OF_CURVE = ("time", "num_timesteps", END)
 _Write: TypeAlias = "ReplaceOne[dict[str, Any]] | UpdateOne"
 _Items: TypeAlias = Sequence[Mapping[str, Any]]
 
@@ -60,7 +63,7 @@ class StoredRun:
     def record(self) -> dict[str, Any] | None:
         """Return the record as it is stored, or None where there is none."""
         stored = self._database[RUNS].find_one({"_id": self._run_id})
-        own = ("_id", SEEN_AT, UPDATED_AT)
+        own = ("_id", SEEN_AT, UPDATED_AT, CURVE_END)
         return None if stored is None else {key: value for key, value in stored.items() if key not in own}
 
     def change(self, update: Mapping[str, Any], *, beats: bool) -> bool:
@@ -72,6 +75,15 @@ class StoredRun:
         """
         whole = {**update, "$currentDate": {UPDATED_AT: True, **({SEEN_AT: True} if beats else {})}}
         return self._database[RUNS].update_one(self._own, whole).matched_count > 0
+
+    def stamp(self, curve_end: Mapping[str, Any] | None) -> None:
+        """Say that something was written, after it was: who sees the stamp finds what it stands for.
+
+        Args:
+            curve_end: The last point of the curve as it is stored; None where none was written.
+        """
+        told = {} if curve_end is None else {"$set": {CURVE_END: {key: curve_end[key] for key in _END_OF_CURVE}}}
+        self.change(told, beats=False)
 
     def replace(self, record: Mapping[str, Any], *, beats: bool) -> None:
         """Put the record in place of what is there.

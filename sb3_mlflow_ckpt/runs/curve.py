@@ -9,7 +9,7 @@ finds them by an index: every store picks the same.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -51,10 +51,14 @@ def placed_points(lines: Iterable[PlacedLine]) -> list[PlacedPoint]:
     """
     points = {}
     for row, start, end in lines:
-        time, steps = row.get("time"), row.get("num_timesteps")
-        if isinstance(time, (str, int, float)) and isinstance(steps, int):
-            points[time, steps] = PlacedPoint(row, level_of(start, end), end)
+        if is_point(row):
+            points[row["time"], row["num_timesteps"]] = PlacedPoint(row, level_of(start, end), end)
     return [*points.values()]
+
+
+def is_point(row: Mapping[str, Any]) -> bool:
+    """Return whether a row tells its place in a curve."""
+    return isinstance(row.get("time"), (str, int, float)) and isinstance(row.get("num_timesteps"), int)
 
 
 def read_points(path: Path, offset: int = 0, at_most: int = -1) -> tuple[list[PlacedPoint], int]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,22 @@ from sb3_mlflow_ckpt.ledger import CheckpointLedger, corrections
 from sb3_mlflow_ckpt.pins import pinned_episodes
 from sb3_mlflow_ckpt.runs.curve import read_curve
 from sb3_mlflow_ckpt.runs.document import checkpoint_entry, last_sign_of_life
-from sb3_mlflow_ckpt.runs.folder_index import FolderIndex, Kept, checkpoint_stamps, run_stamps, subfolders
-from sb3_mlflow_ckpt.runs.reader import SPARKLINE_POINTS, Document, Documents, Glance, glance, spellings, summary
+from sb3_mlflow_ckpt.runs.folder_index import FolderIndex, checkpoint_stamps, run_stamps, subfolders
+from sb3_mlflow_ckpt.runs.kept import Kept
+from sb3_mlflow_ckpt.runs.reader import (
+    RUNS_WITH_GLANCES,
+    RUNS_WITH_ITEMS,
+    SPARKLINE_POINTS,
+    Document,
+    Documents,
+    Glance,
+    glance,
+    part_of,
+    spellings,
+    summary,
+)
 
 logger = logging.getLogger(__name__)
-
-_RUNS_WITH_ITEMS = 64
-_RUNS_WITH_GLANCES = 4096
 
 
 def read_run(folder: RunFolder) -> dict[str, Any]:
@@ -73,13 +82,16 @@ class FolderRuns:
     def __init__(self, checkpoint_dir: str | os.PathLike[str]) -> None:
         self.checkpoint_dir = Path(checkpoint_dir).absolute()
         self._index = FolderIndex(self.checkpoint_dir, _checked_record)
-        self._items = Kept(_RUNS_WITH_ITEMS, _read_items, checkpoint_stamps)
-        self._seen = Kept(_RUNS_WITH_GLANCES, self._glance, run_stamps)
+        self._items: Kept[RunFolder, Documents] = Kept(RUNS_WITH_ITEMS)
+        self._seen: Kept[RunFolder, Glance] = Kept(RUNS_WITH_GLANCES)
+
+    def __str__(self) -> str:
+        return str(self.checkpoint_dir)
 
     def get(self, run_id: str) -> Document:
         """Return a run's record with its derived status and its `checkpoint_paths`."""
         with self._found(run_id) as folder:
-            return {**shown(folder, _checked_record(folder)), "checkpoint_paths": [*self._items.get(folder)]}
+            return {**shown(folder, _checked_record(folder)), "checkpoint_paths": [*self._items_of(folder)]}
 
     def record(self, run_id: str) -> Document:
         """Return a run's record with its derived status."""
@@ -90,9 +102,7 @@ class FolderRuns:
         """Return items of `checkpoint_paths`, ascending by episode."""
         with self._found(run_id) as folder:
             _checked_record(folder)
-            items = self._items.get(folder)
-            end = len(items) if before is None else bisect_left(items, before, key=lambda item: int(item["episode"]))
-            return items[0 if limit is None else max(0, end - limit) : end]
+            return part_of(self._items_of(folder), before, limit)
 
     def curve(self, run_id: str, points: int | None = None) -> Documents:
         """Return the points of a run's learning curve, by time."""
@@ -120,11 +130,14 @@ class FolderRuns:
         found = {}
         for run_id in run_ids:
             with suppress(RunNotFoundError), self._found(run_id) as folder:
-                found[run_id] = self._seen.get(folder)
+                found[run_id] = self._seen.get(folder, run_stamps(folder), partial(self._glance, folder))
         return found
 
+    def _items_of(self, folder: RunFolder) -> Documents:
+        return self._items.get(folder, checkpoint_stamps(folder), partial(_read_items, folder))
+
     def _glance(self, folder: RunFolder) -> Glance:
-        return glance(_checked_record(folder), self._items.get(folder), read_curve(folder, SPARKLINE_POINTS))
+        return glance(_checked_record(folder), self._items_of(folder), read_curve(folder, SPARKLINE_POINTS))
 
     def _records(self, agent_id: str | None) -> Iterator[Document]:
         for folder in self._folders(agent_id):

@@ -9,11 +9,10 @@ import logging
 import os
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Generic, TypeAlias, TypeVar
+from typing import TypeAlias
 
 from sb3_mlflow_ckpt.errors import CheckpointCorruptError, InvalidIdError
 from sb3_mlflow_ckpt.layout import RunFolder
@@ -24,7 +23,6 @@ from sb3_mlflow_ckpt.runs.summaries import summarize
 logger = logging.getLogger(__name__)
 
 Stamp: TypeAlias = tuple[int, int, int]
-_T = TypeVar("_T")
 
 # A look at all files that takes longer than this is not repeated at once: it takes at most a fifth of the time, however
 # slow a network's file system is.
@@ -50,36 +48,6 @@ def checkpoint_stamps(folder: RunFolder) -> tuple[Stamp | None, ...]:
     """Return what is another whenever anything that is shown of a run's checkpoints is changed."""
     # The folder itself: a checkpoint or a pin that comes or goes.
     return stamp(folder.events), stamp(folder.path)
-
-
-class Kept(Generic[_T]):
-    """What was read of some folders, the least used of it forgotten first. Safe to use from any thread.
-
-    Args:
-        at_most: Of how many folders.
-        read: Reads it.
-        stamps: What is another whenever it changes.
-    """
-
-    def __init__(
-        self, at_most: int, read: Callable[[RunFolder], _T], stamps: Callable[[RunFolder], tuple[Stamp | None, ...]]
-    ) -> None:
-        self._at_most, self._read, self._stamps = at_most, read, stamps
-        self._found: OrderedDict[RunFolder, tuple[tuple[Stamp | None, ...], _T]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, folder: RunFolder) -> _T:
-        """Return what is kept, or where files have changed since what is read now."""
-        # Before it is read: what changes meanwhile is read again.
-        stamps = self._stamps(folder)
-        with self._lock:
-            kept = self._found.pop(folder, None)
-        found = kept if kept is not None and kept[0] == stamps else (stamps, self._read(folder))
-        with self._lock:
-            self._found[folder] = found
-            while len(self._found) > self._at_most:
-                self._found.popitem(last=False)
-        return found[1]
 
 
 class FolderIndex:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from pymongo import ASCENDING, DESCENDING
 
 from sb3_mlflow_ckpt.errors import RunNotFoundError
-from sb3_mlflow_ckpt.runs.curve import HIGHEST_LEVEL, PlacedPoint, lowest_level, thinned
+from sb3_mlflow_ckpt.runs.curve import HIGHEST_LEVEL, PlacedPoint, is_point, lowest_level, thinned
 from sb3_mlflow_ckpt.runs.document import derived_status
+from sb3_mlflow_ckpt.runs.kept import Kept
 from sb3_mlflow_ckpt.runs.mongo_database import (
     BOOKKEEPING,
     CHECKPOINTS,
+    CURVE_END,
     DEFAULT_DATABASE,
     END,
     LEVEL,
@@ -33,18 +36,24 @@ from sb3_mlflow_ckpt.runs.mongo_database import (
     redacted,
 )
 from sb3_mlflow_ckpt.runs.reader import (
+    RUNS_WITH_GLANCES,
+    RUNS_WITH_ITEMS,
     SPARKLINE_POINTS,
     Document,
     Documents,
     Glance,
     glance,
     may_change_by_itself,
+    part_of,
     spellings,
     summary,
 )
 from sb3_mlflow_ckpt.runs.summaries import SOURCES, summarize
 
-_OWN = ("_id", SEEN_AT, UPDATED_AT)
+_GLANCED = ["mirrors", CURVE_END, UPDATED_AT]
+_OWN = ("_id", SEEN_AT, UPDATED_AT, CURVE_END)
+# What was removed bears no stamp: that is looked for now and then.
+_SECONDS_BETWEEN_COUNTS = 5.0
 # What is written at once by many hosts may become visible in another order than that of its stamps.
 _OVERLAP = timedelta(seconds=10)
 
@@ -60,9 +69,11 @@ class MongoRuns:
     def __init__(self, uri: str, database: str = DEFAULT_DATABASE) -> None:
         # Without a ping: readers in many threads would wait for a dead server one after another.
         self._lazy = LazyDatabase(uri, database, connect)
-        self._kept: dict[str, _Kept] = {}
-        self._newest: datetime | None = None
-        self._glances: dict[str, tuple[datetime | None, Glance]] = {}
+        self._kept: dict[str, _Summary] = {}
+        self._read_at: datetime | None = None
+        self._counted = float("-inf")
+        self._items: Kept[str, Documents] = Kept(RUNS_WITH_ITEMS)
+        self._seen: Kept[str, Glance] = Kept(RUNS_WITH_GLANCES)
         self._lock = threading.Lock()
 
     def __str__(self) -> str:
@@ -72,8 +83,7 @@ class MongoRuns:
         """Return a run's record with its derived status and its `checkpoint_paths`."""
         with self._reading() as database:
             stored = self._find(database, run_id)
-            entries = database[CHECKPOINTS].find({"run_id": stored["_id"]}).sort("episode", ASCENDING)
-            return {**_record(stored, _server_time(database)), "checkpoint_paths": [_item(row) for row in entries]}
+            return {**_record(stored, _server_time(database)), "checkpoint_paths": [*self._items_of(database, stored)]}
 
     def record(self, run_id: str) -> Document:
         """Return a run's record with its derived status."""
@@ -83,20 +93,16 @@ class MongoRuns:
     def checkpoints(self, run_id: str, *, before: int | None = None, limit: int | None = None) -> Documents:
         """Return items of `checkpoint_paths`, ascending by episode."""
         with self._reading() as database:
-            wanted: dict[str, Any] = {"run_id": self._find(database, run_id, "_id")["_id"]}
-            if before is not None:
-                wanted["episode"] = {"$lt": before}
-            entries = database[CHECKPOINTS].find(wanted).sort("episode", DESCENDING)
-            return [_item(row) for row in (entries if limit is None else entries.limit(limit))][::-1]
+            return part_of(self._items_of(database, self._find(database, run_id, UPDATED_AT)), before, limit)
 
     def curve(self, run_id: str, points: int | None = None) -> Documents:
         """Return the points of a run's learning curve, by time."""
         with self._reading() as database:
-            run_id = self._find(database, run_id, "_id")["_id"]
+            stored = self._find(database, run_id, CURVE_END)
             if points is not None:
-                return thinned(_sample(database, run_id, points), points)
-            stored = database[METRICS].find({"run_id": run_id})
-            return [_item(row) for row in stored.sort([("time", ASCENDING), ("num_timesteps", ASCENDING)])]
+                return thinned(_sample(database, stored, points), points)
+            rows = database[METRICS].find({"run_id": stored["_id"]})
+            return [_item(row) for row in rows.sort([("time", ASCENDING), ("num_timesteps", ASCENDING)])]
 
     def version(self, run_id: str) -> str:
         """Return a text that is another one whenever anything that is shown of the run has changed."""
@@ -121,22 +127,34 @@ class MongoRuns:
 
     def summaries(self) -> Documents:
         """Return the summary of every run; what has not changed since the last call is not read again."""
-        with self._reading() as database, self._lock:
+        with self._reading() as database:
+            # Before the lock is taken: threads that find the server down wait for it together, not one after another.
             now = _server_time(database)
-            self._refresh(database)
-            return [kept.shown(now) for kept in self._kept.values()]
+            with self._lock:
+                self._refresh(database, now)
+                return [kept.shown(now) for kept in self._kept.values()]
 
     def glances(self, run_ids: Sequence[str]) -> dict[str, Glance]:
         """Return what a list shows beside the summaries of some runs."""
         with self._reading() as database:
-            with self._lock:
-                kept = {run_id: self._kept[run_id] for run_id in run_ids if run_id in self._kept}
-                known = dict(self._glances)
-            stale = [run_id for run_id, run in kept.items() if known.get(run_id, (None,))[0] != run.updated]
-            fresh = _read_glances(database, {run_id: kept[run_id].summary for run_id in stale})
-            with self._lock:
-                self._glances.update({run_id: (kept[run_id].updated, found) for run_id, found in fresh.items()})
-                return {run_id: self._glances[run_id][1] for run_id in kept if run_id in self._glances}
+            found = {str(row["_id"]): row for row in database[RUNS].find({"_id": {"$in": [*run_ids]}}, _GLANCED)}
+            return {
+                run_id: self._seen.get(run_id, stored.get(UPDATED_AT), partial(self._glance, database, stored))
+                for run_id, stored in found.items()
+            }
+
+    def _glance(self, database: MongoDatabase, stored: Mapping[str, Any]) -> Glance:
+        few = thinned(_sample(database, stored, SPARKLINE_POINTS), SPARKLINE_POINTS)
+        return glance(stored, self._items_of(database, stored), few)
+
+    def _items_of(self, database: MongoDatabase, stored: Mapping[str, Any]) -> Documents:
+        def read() -> Documents:
+            rows = database[CHECKPOINTS].find({"run_id": stored["_id"]})
+            # Somebody else may have written something else.
+            items = [item for item in map(_item, rows) if isinstance(item.get("episode"), int)]
+            return sorted(items, key=lambda item: int(item["episode"]))
+
+        return self._items.get(str(stored["_id"]), stored.get(UPDATED_AT), read)
 
     def close(self) -> None:
         """Close the connections; the next use opens others."""
@@ -154,38 +172,35 @@ class MongoRuns:
                 return stored
         raise RunNotFoundError(run_id, self)
 
-    def _refresh(self, database: MongoDatabase) -> None:
-        changed = {} if self._newest is None else {UPDATED_AT: {"$gte": self._newest - _OVERLAP}}
-        self._take(database[RUNS].find(changed, [*SOURCES, SEEN_AT, UPDATED_AT]))
-        # What was removed bears no stamp.
+    def _refresh(self, database: MongoDatabase, now: datetime | None) -> None:
+        changed = {} if self._read_at is None else {UPDATED_AT: {"$gte": self._read_at - _OVERLAP}}
+        self._take(database[RUNS].find(changed, [*SOURCES, SEEN_AT]))
+        self._read_at = now
+        if time.monotonic() - self._counted < _SECONDS_BETWEEN_COUNTS:
+            return
         if database[RUNS].estimated_document_count() != len(self._kept):
             self._kept.clear()
-            self._take(database[RUNS].find({}, [*SOURCES, SEEN_AT, UPDATED_AT]))
-            self._glances = {run_id: found for run_id, found in self._glances.items() if run_id in self._kept}
+            self._take(database[RUNS].find({}, [*SOURCES, SEEN_AT]))
+        self._counted = time.monotonic()
 
     def _take(self, stored: Iterable[Mapping[str, Any]]) -> None:
         for row in stored:
-            updated = row.get(UPDATED_AT)
-            updated = updated if isinstance(updated, datetime) else None
             record = decode({key: value for key, value in row.items() if key not in _OWN})
-            self._kept[str(row["_id"])] = _Kept(summarize(record), _utc(row.get(SEEN_AT)), updated)
-            if updated is not None:
-                self._newest = updated if self._newest is None else max(updated, self._newest)
+            self._kept[str(row["_id"])] = _Summary(summarize(record), _utc(row.get(SEEN_AT)))
 
 
-class _Kept:
+class _Summary:
     """A summary as it was read, and when the server saw its run.
 
     Args:
         summary: With the stored status.
         seen: When a trainer last gave a sign of life.
-        updated: When anything of the run was last written, as the database holds it.
     """
 
-    __slots__ = ("seen", "summary", "updated")
+    __slots__ = ("seen", "summary")
 
-    def __init__(self, summary: Document, seen: datetime | None, updated: datetime | None) -> None:
-        self.summary, self.seen, self.updated = summary, seen, updated
+    def __init__(self, summary: Document, seen: datetime | None) -> None:
+        self.summary, self.seen = summary, seen
 
     def shown(self, now: datetime | None) -> Document:
         if not may_change_by_itself(self.summary["status"]):
@@ -193,26 +208,21 @@ class _Kept:
         return {**self.summary, "status": derived_status(self.summary, now, self.seen)}
 
 
-def _sample(database: MongoDatabase, run_id: str, points: int) -> list[PlacedPoint]:
-    """Return the points of the levels that are wanted, and the last."""
-    newest = database[METRICS].find({"run_id": run_id}).sort([("time", DESCENDING), ("num_timesteps", DESCENDING)])
-    last = [*newest.limit(1)]
-    size = last[0].get(END) if last else None
-    level = lowest_level(size, points) if isinstance(size, int) else 0
+def _sample(database: MongoDatabase, stored: Mapping[str, Any], points: int) -> list[PlacedPoint]:
+    """Return the points of the levels that are wanted, and the last: without a search for which is the last."""
+    end = stored.get(CURVE_END)
+    if not isinstance(end, Mapping) or not isinstance(end.get(END), int):
+        return []
+    run_id, level = stored["_id"], lowest_level(end[END], points)
     wanted = {"run_id": run_id, LEVEL: {"$gte": level}} if level else {"run_id": run_id}
-    rows = {row["_id"]: row for row in (*database[METRICS].find(wanted), *last)} if last else {}
-    return [PlacedPoint(_item(row), int(row.get(LEVEL, HIGHEST_LEVEL)), 0) for row in rows.values()]
+    last = {"run_id": run_id, "time": end.get("time"), "num_timesteps": end.get("num_timesteps")}
+    rows = {row["_id"]: row for row in (*database[METRICS].find(wanted), *database[METRICS].find(last))}
+    return [PlacedPoint(_item(row), _level(row), 0) for row in rows.values() if is_point(row)]
 
 
-def _read_glances(database: MongoDatabase, runs: Mapping[str, Document]) -> dict[str, Glance]:
-    entries: defaultdict[str, Documents] = defaultdict(list)
-    if runs:
-        for row in database[CHECKPOINTS].find({"run_id": {"$in": [*runs]}}):
-            entries[row["run_id"]].append(_item(row))
-    return {
-        run_id: glance(run, entries[run_id], thinned(_sample(database, run_id, SPARKLINE_POINTS), SPARKLINE_POINTS))
-        for run_id, run in runs.items()
-    }
+def _level(row: Mapping[str, Any]) -> int:
+    level = row.get(LEVEL)
+    return level if isinstance(level, int) else HIGHEST_LEVEL
 
 
 def _server_time(database: MongoDatabase) -> datetime | None:

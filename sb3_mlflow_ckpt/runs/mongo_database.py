@@ -9,6 +9,7 @@ A record's size so does not grow with the run's length. Never imports stable-bas
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -33,6 +34,8 @@ SEEN_AT = "seen_at"
 """When a trainer last gave a sign of life, by the server's clock: hosts' clocks may be wrong."""
 UPDATED_AT = "updated_at"
 """When anything of a run was last written, by the server's clock; written last of all."""
+CURVE_END = "curve_end"
+"""What a record's document says of its curve: `time`, `num_timesteps` and `END` of the last point."""
 LEVEL = "%level"
 """The level of a curve's point; no key of a point is encoded as this."""
 END = "%end"
@@ -50,7 +53,10 @@ _OPERATION_MS = 4000
 _INT64 = range(-(2**63), 2**63)
 # A stored key never begins with "%" and goes on so: what stands for a whole value cannot be mistaken for a key.
 _BIG_INTEGER = "%int"
+_NO_UTF8 = "%text"
 _EMPTY_KEY = "%"
+# Halves of surrogate pairs, which stand for the bytes of file names that are no text.
+_UNPAIRED = re.compile("[\ud800-\udfff]")
 BOOKKEEPING = frozenset({"_id", "run_id", "schema_version", ATTEMPT, LEVEL, END})
 """A document's own keys beside those of a checkpoint's entry or a point."""
 
@@ -60,6 +66,7 @@ def encode_key(key: str) -> str:
     if not key:
         return _EMPTY_KEY
     key = key.replace("%", "%25").replace(".", "%2E").replace("\0", "%00")
+    key = _UNPAIRED.sub(lambda match: f"%u{ord(match[0]):04X}", key)
     return "%24" + key[1:] if key.startswith("$") else key
 
 
@@ -67,11 +74,14 @@ def decode_key(key: str) -> str:
     """Return the key that `encode_key` was given."""
     if key == _EMPTY_KEY:
         return ""
-    return re.sub("%(25|2E|00|24)", lambda match: chr(int(match[1], 16)), key)
+    return re.sub("%(?:(25|2E|00|24)|u(D[89A-F][0-9A-F]{2}))", lambda match: chr(int(match[1] or match[2], 16)), key)
 
 
 def encode(value: Any) -> Any:
-    """Return a JSON value as MongoDB can store it: safe keys, no NaN or infinity, no integer above 64 bits."""
+    """Return a JSON value as MongoDB can store it.
+
+    Keys are safe; there is no NaN and no infinity, no integer above 64 bits, and no text that UTF-8 lacks.
+    """
     if isinstance(value, Mapping):
         return {encode_key(str(key)): encode(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -80,19 +90,30 @@ def encode(value: Any) -> Any:
         return None
     if isinstance(value, int) and value not in _INT64:
         return {_BIG_INTEGER: str(value)}
+    if isinstance(value, str) and _UNPAIRED.search(value):
+        return {_NO_UTF8: json.dumps(value)}
     return value
 
 
 def decode(value: Any) -> Any:
     """Return the JSON value that `encode` was given."""
     if isinstance(value, Mapping):
-        if value.keys() == {_BIG_INTEGER}:
-            return int(value[_BIG_INTEGER])
+        if value.keys() in ({_BIG_INTEGER}, {_NO_UTF8}):
+            return _decode_scalar(*value.items())
         return {decode_key(key): decode(item) for key, item in value.items()}
     if isinstance(value, list):
         return [decode(item) for item in value]
     # bson's Int64 is a subclass of int.
     return int(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _decode_scalar(item: tuple[str, Any]) -> Any:
+    kind, text = item
+    try:
+        found = int(text) if kind == _BIG_INTEGER else json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return text  # Somebody else wrote it.
+    return found if isinstance(found, (int, str)) else text
 
 
 def redacted(uri: str) -> str:

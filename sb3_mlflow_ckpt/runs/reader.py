@@ -5,6 +5,7 @@ Never imports a store's client.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,6 +20,9 @@ Document: TypeAlias = dict[str, Any]
 Documents: TypeAlias = list[Document]
 
 SPARKLINE_POINTS = 48
+RUNS_WITH_ITEMS = 64
+"""Of how many runs a reader keeps the checkpoints: there may be thousands."""
+RUNS_WITH_GLANCES = 4096
 
 
 class RunReader(Protocol):
@@ -137,15 +141,22 @@ def may_change_by_itself(status: str | None) -> bool:
     return status is not None and status not in TERMINAL_STATUSES
 
 
+def part_of(items: Documents, before: int | None, limit: int | None) -> Documents:
+    """Return the items of `checkpoint_paths` below an episode, and of those so many, the highest."""
+    end = len(items) if before is None else bisect_left(items, before, key=lambda item: int(item["episode"]))
+    return items[0 if limit is None else max(0, end - limit) : end]
+
+
 def glance(summary: Mapping[str, Any], checkpoints: Sequence[Document], curve: Sequence[Document]) -> Glance:
     """Return what a list shows of a run's checkpoints and of a few points of its curve."""
     there = [item for item in checkpoints if item.get("state") != "pruned"]
-    is_mirrored = "MLflow" in (summary.get("mirrors") or ())
+    mirrors = summary.get("mirrors")
+    is_mirrored = isinstance(mirrors, list) and "MLflow" in mirrors
     rewards = [(point["num_timesteps"], float(point["ep_rew_mean"])) for point in curve if _has_reward(point)]
     return Glance(
         checkpoints=len(checkpoints),
         resumable=len(there),
-        waiting=sum(item["state"] == "local" for item in there) if is_mirrored else 0,
+        waiting=sum(item.get("state") == "local" for item in there) if is_mirrored else 0,
         # The one that was saved last: a run that went back to an older one has lower numbers after higher ones.
         latest=max(there, key=lambda item: (str(item.get("timestamp")), item["episode"]), default=None),
         rewards=tuple(rewards),

@@ -93,11 +93,10 @@ class RunQuery:
         if self.sort.removeprefix("-") not in SORTS:
             raise InvalidQueryError("sort", f"runs cannot be sorted by {self.sort!r}, but by {', '.join(SORTS)}")
 
-    def admits(self, run: Mapping[str, Any], *, any_status: bool = False) -> bool:
-        """Return whether a run is one that is asked for."""
+    def admits(self, run: Mapping[str, Any]) -> bool:
+        """Return whether a run is one that is asked for, whatever its status."""
         return (
-            (any_status or not self.status or run["status"] in self.status)
-            and (self.algo is None or str(run.get("algo")).casefold() == self.algo.casefold())
+            (self.algo is None or str(run.get("algo")).casefold() == self.algo.casefold())
             and (self.env_id is None or run.get("env_id") == self.env_id)
             and (self.agent_id is None or run.get("agent_id") == self.agent_id)
             and (self.root_run_id is None or run.get("root_run_id") == self.root_run_id)
@@ -109,31 +108,23 @@ class RunQuery:
         # An id is also found as it is written with dashes.
         return all(word in text or word.replace("-", "") in text for word in self.text.casefold().split())
 
-    def order(self, run: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Return a run's place: such tuples are compared, the least comes first."""
+    @property
+    def descending(self) -> bool:
+        """Whether the greatest comes first."""
+        return self.sort.startswith("-")
+
+    def order(self, run: Mapping[str, Any]) -> tuple[int, Any, str]:
+        """Return a run's place in the ascending order; the descending one is that from its end.
+
+        Plain values, which Python compares quickly: a list of ten thousand runs is sorted for each page of it.
+        """
         value = SORTS[self.sort.removeprefix("-")](run)
-        # Numbers before texts: a record that somebody edited may hold either.
-        kind = 2 if value is None else int(isinstance(value, str))
-        if kind == 0 and (isinstance(value, bool) or not isinstance(value, (int, float)) or value != value):
-            kind, value = 2, None
-        descending = self.sort.startswith("-")
-        first = (kind, _Reversed(value) if descending else value) if kind < 2 else (kind,)
-        return (*first, _Reversed(str(run["run_id"])))
-
-
-class _Reversed:
-    """A value that is less the greater it is."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __lt__(self, other: _Reversed) -> bool:
-        return bool(other.value < self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Reversed) and bool(other.value == self.value)
+        # Numbers before texts: a record that somebody edited may hold either. What is neither comes last either way.
+        if isinstance(value, str):
+            return 1, value, str(run["run_id"])
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+            return (2 if self.descending else 0), value, str(run["run_id"])
+        return (0 if self.descending else 2), 0, str(run["run_id"])
 
 
 @dataclass(frozen=True)
@@ -172,12 +163,19 @@ def select(
     if not 1 <= limit <= LARGEST_PAGE:
         raise InvalidQueryError("limit", f"a page holds 1 to {LARGEST_PAGE} runs")
     every = list(summaries)
-    found = [run for run in every if query.admits(run, any_status=True)]
+    found = [run for run in every if query.admits(run)]
     statuses = Counter(str(run["status"]) for run in found)
-    chosen = sorted((run for run in found if not query.status or run["status"] in query.status), key=query.order)
+    chosen = [run for run in found if not query.status or run["status"] in query.status]
+    chosen.sort(key=query.order)
     begin = 0
     if cursor:
-        begin = bisect.bisect_right(chosen, _place(cursor, query), key=query.order)
+        place = _place(cursor, query)
+        if query.descending:
+            begin = len(chosen) - bisect.bisect_left(chosen, place, key=query.order)
+        else:
+            begin = bisect.bisect_right(chosen, place, key=query.order)
+    if query.descending:
+        chosen.reverse()
     items = chosen[begin : begin + limit]
     before = None if begin == 0 else "" if begin <= limit else _cursor(chosen[begin - limit - 1], query)
     return Page(
@@ -198,7 +196,7 @@ def _cursor(run: Mapping[str, Any], query: RunQuery) -> str:
     return base64.urlsafe_b64encode(json.dumps(place).encode()).decode().rstrip("=")
 
 
-def _place(cursor: str, query: RunQuery) -> tuple[Any, ...]:
+def _place(cursor: str, query: RunQuery) -> tuple[int, Any, str]:
     try:
         padded = cursor + "=" * (-len(cursor) % 4)
         sort, value, run_id = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))

@@ -32,7 +32,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 RunId = Annotated[str, Path(description="The run's id; a UUID with or without its dashes")]
 Episode = Annotated[int, Path(ge=0, le=LARGEST_EPISODE, description="The checkpoint's episode")]
-_STATUS_PATTERN = f"^({'|'.join(STATUSES)})(,({'|'.join(STATUSES)}))*$"
+_STATUS_PATTERN = f"^(({'|'.join(STATUSES)})(,({'|'.join(STATUSES)}))*)?$"
 _SORT_NAMES = [*SORTS, *(f"-{name}" for name in SORTS)]
 
 
@@ -93,7 +93,8 @@ def list_runs(
 ) -> Response:
     """Return a page of runs. Pages are stable: runs that come or go shift nothing."""
     query = RunQuery(
-        status=tuple(name.strip() for item in status for name in item.split(",") if name.strip()),
+        # A form sends the field that nobody filled in, too.
+        status=tuple(name for item in status if item for name in item.split(",")),
         algo=algo or None,
         env_id=env or None,
         agent_id=agent or None,
@@ -183,7 +184,9 @@ def get_lineage(request: Request, run_id: RunId) -> Response:
 def list_checkpoints(
     request: Request,
     run_id: RunId,
-    before: Annotated[int | None, Query(ge=0, le=LARGEST_EPISODE, description="Only episodes below this one")] = None,
+    before: Annotated[
+        int, Query(ge=0, le=LARGEST_EPISODE + 1, description="Only episodes below this one")
+    ] = LARGEST_EPISODE + 1,
     limit: Annotated[int, Query(ge=1, le=1000, description="Only so many, the highest")] = 100,
 ) -> Response:
     """Return a page of a run's checkpoints, ascending by episode, beginning with the highest."""

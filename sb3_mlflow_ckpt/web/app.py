@@ -9,6 +9,7 @@ from sb3_mlflow_ckpt.web import api, api_page, pages
 from sb3_mlflow_ckpt.web.checkpoint_files import Checks
 from sb3_mlflow_ckpt.web.conditional import Bodies
 from sb3_mlflow_ckpt.web.openapi import API_VERSION, describe_api
+from sb3_mlflow_ckpt.web.outages import PatientRuns
 from sb3_mlflow_ckpt.web.problems import add_problem_handlers
 from sb3_mlflow_ckpt.web.rendering import LastGood, problem_page
 from sb3_mlflow_ckpt.web.security import Doorkeeper
@@ -35,7 +36,7 @@ def create_app(store: RunReader, settings: WebSettings) -> FastAPI:
         openapi_url=None,
         redirect_slashes=False,
     )
-    app.state.store = store
+    app.state.store = PatientRuns(store)
     app.state.settings = settings
     app.state.checks = Checks()
     app.state.bodies = Bodies()

@@ -13,11 +13,13 @@ from sb3_mlflow_ckpt.runs.reader import Document, Documents, Glance
 from sb3_mlflow_ckpt.runs.summaries import Page, summarize
 from sb3_mlflow_ckpt.web.settings import WebSettings
 
+_POINT_BEGINS = ("num_timesteps", "episode", "time")
+
 
 def run_list(page: Page, glances: Mapping[str, Glance]) -> Document:
     """Return a page of runs."""
     return {
-        "items": [{**run, "checkpoints": _counts(glances.get(run["run_id"], Glance()))} for run in page.items],
+        "items": [listed_run(run, glances) for run in page.items],
         "next_cursor": page.next_cursor,
         "previous_cursor": page.previous_cursor,
         "total": page.total,
@@ -25,6 +27,11 @@ def run_list(page: Page, glances: Mapping[str, Glance]) -> Document:
         "statuses": page.statuses,
         "choices": page.choices,
     }
+
+
+def listed_run(run: Mapping[str, Any], glances: Mapping[str, Glance]) -> Document:
+    """Return a run as a list shows it: its summary, and what there is of its checkpoints."""
+    return {**run, "checkpoints": _counts(glances.get(run["run_id"], Glance()))}
 
 
 def _counts(glance: Glance) -> Document:
@@ -85,9 +92,20 @@ def checkpoint_page(items: Documents, limit: int) -> Document:
 def metrics_document(run_id: str, segments: Iterable[Segment], *, stitched: bool) -> Document:
     """Return a learning curve."""
     parts = [
-        {"run_id": part.run_id, "until_timestep": part.until_timestep, "points": list(part.points)} for part in segments
+        {
+            "run_id": part.run_id,
+            "until_timestep": part.until_timestep,
+            "points": [_ordered(point) for point in part.points],
+        }
+        for part in segments
     ]
     return {"run_id": run_id, "stitched": stitched, "segments": parts}
+
+
+def _ordered(point: Document) -> Document:
+    # A database does not keep the order in which keys were written.
+    first = [key for key in _POINT_BEGINS if key in point]
+    return {key: point[key] for key in (*first, *sorted(point.keys() - {*first}))}
 
 
 def lineage_document(line: Lineage) -> Document:

@@ -7,6 +7,8 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from sb3_mlflow_ckpt.web.schemas import Problem
+
 API_VERSION = "1"
 """Another one where something is renamed or goes; what comes in addition changes nothing."""
 
@@ -23,9 +25,22 @@ def describe_api(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = get_openapi(
-                title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes
-            )
+            document = get_openapi(title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes)
+            # Answers refer to it; FastAPI adds of itself only what has a media type of JSON.
+            problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+            document["components"]["schemas"] |= {**problem.pop("$defs", {}), "Problem": problem}
+            _without_fastapis_own(document)
+            app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _without_fastapis_own(document: dict[str, Any]) -> None:
+    """Take out the answers that FastAPI supposes for every path with an id: here, such an id names nothing: 404."""
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                del operation["responses"]["422"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)

@@ -5,6 +5,7 @@ What a stranger asked for is never repeated as HTML, and nothing of a traceback 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from starlette.exceptions import HTTPException
 
 from sb3_mlflow_ckpt.errors import InvalidQueryError, MirrorUnavailableError, RunNotFoundError
 from sb3_mlflow_ckpt.web.bodies import dump
+
+logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_SECONDS = 5
@@ -77,14 +80,26 @@ def respond_to_problem(request: Request, problem: Problem) -> Response:
     `problem_page` is a function of a request and a problem that returns a response or None. It is asked for nothing
     under `/api` or `/healthz`. The problem's headers and status are put on what it returns.
     """
-    page = getattr(request.app.state, "problem_page", None)
-    response = page(request, problem) if page is not None and not is_for_programs(request) else None
+    response = _page(request, problem)
     if response is None:
         response = Response(dump(problem.document()), media_type=MEDIA_TYPE)
     response.status_code = problem.status
     for name, value in {"Cache-Control": "no-store", **problem.headers}.items():
         response.headers[name] = value
     return response
+
+
+def _page(request: Request, problem: Problem) -> Response | None:
+    page = getattr(request.app.state, "problem_page", None)
+    if page is None or is_for_programs(request):
+        return None
+    try:
+        found: Response | None = page(request, problem)
+    except Exception:
+        # What tells of a fault must not fail of one.
+        logger.exception("The page of a problem could not be drawn")
+        return None
+    return found
 
 
 def is_for_programs(request: Request) -> bool:

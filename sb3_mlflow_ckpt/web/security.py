@@ -60,10 +60,10 @@ class Doorkeeper:
         scope["root_path"] = self._settings.root_path
         is_head = scope["method"] == "HEAD"
         sender = _Sender(send, with_body=not is_head)
-        refusal = self._refusal(scope)
-        if is_head:
-            scope = {**scope, "method": "GET", HEAD_KEY: True}
         try:
+            refusal = self._refusal(scope)
+            if is_head:
+                scope = {**scope, "method": "GET", HEAD_KEY: True}
             await (refusal or self._app)(scope, receive, sender)
         except Exception as error:
             # Logged without the request: its address may hold the token.
@@ -168,6 +168,9 @@ def _digest(token: str, purpose: bytes) -> str:
 
 def _without_slash(request: Request) -> Response | None:
     path = own_path(request.scope)
+    if path == request.scope["root_path"]:
+        # The place itself, without the slash behind which everything lies.
+        return _redirect(request, 308, "/", _query(request))
     raw = request.scope.get("raw_path") or b"/"
     if len(path) < 2 or not path.endswith("/") or not raw.endswith(b"/"):
         return None

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import pytest
 from journals import start_run
 from processes import environment
-from web_runs import EDITED, FAILED, FIRST, HOSTILE_NAME, LOST, ORPHAN, READABLE, SECOND, UNREADABLE
+from web_runs import EDITED, FAILED, FIRST, HOSTILE_NAME, LOST, ORPHAN, READABLE, SECOND, UNREADABLE, write_runs
 from web_server import ServedApp
 
 from sb3_mlflow_ckpt.runs.document import STATUSES
@@ -212,11 +212,11 @@ def test_one_run_nine_runs_and_the_same_run_cannot_be_compared(server: ServedApp
 @pytest.mark.parametrize(
     "path",
     [
-        "/api", "/api/nothing", f"{RUNS}/{'8' * 32}", f"{RUNS}/{UNREADABLE}", f"{RUNS}/{'8' * 32}/metrics",
+        "/api/nothing", f"{RUNS}/{'8' * 32}", f"{RUNS}/{UNREADABLE}", f"{RUNS}/{'8' * 32}/metrics",
         f"{RUNS}/{'8' * 32}/metrics?stitched=1", f"{RUNS}/{'8' * 32}/lineage", f"{RUNS}/{'8' * 32}/checkpoints",
         f"{RUNS}/{FIRST}/checkpoints/51", f"{RUNS}/{FIRST}/checkpoints/x", f"{RUNS}/{FIRST}/checkpoints/-1",
         f"{RUNS}/{FIRST}/checkpoints/51/download", f"{RUNS}/{FIRST}/checkpoints/{10**30}",
-        f"/api/compare?run={FIRST}&run=x", "/nothing", f"{RUNS}/{'x' * 2000}",
+        f"/api/compare?run={FIRST}&run=x", f"{RUNS}/{'x' * 2000}",
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_a_problem_404(server: ServedApp, path: str) -> None:
@@ -243,6 +243,23 @@ def test_an_edited_record_is_shown_as_far_as_it_can_be_read(server: ServedApp) -
     assert (run["name"], run["attempt"], run["urls"]["mlflow"]) == (5, 10**299, None)
     assert server.ask(f"/api/compare?run={EDITED}&run={FIRST}").status == 200
     assert server.ask(f"{RUNS}/{FAILED}").json["name"] == HOSTILE_NAME
+
+
+def test_any_kind_in_any_field_of_a_record_is_no_fault(serve, tmp_path: Path) -> None:
+    journal = next(j for j in write_runs(tmp_path / "checkpoints") if j.folder.run_id == SECOND)
+    app, record = serve(), journal.folder.record
+    whole = json.loads(record.read_bytes())
+    paths = [
+        RUNS, f"{RUNS}/{SECOND}", f"{RUNS}/{SECOND}/metrics?stitched=true", f"{RUNS}/{FIRST}/lineage", "/training",
+        f"/training/{SECOND}",
+    ]  # fmt: skip
+    for key in whole.keys() - {"run_id"}:
+        for value in (None, 10**299, "\udc80", [1], {"run_id": [1]}, {"type": 5, "num_timesteps": "x", "exact": "x"}):
+            edited = record.with_suffix(".edited")
+            edited.write_text(json.dumps({**whole, key: value}))
+            edited.replace(record)
+            faults = [path for path in paths if app.ask(path).status >= 500]
+            assert faults == [], (key, value)
 
 
 def test_an_empty_store_is_an_empty_list(serve) -> None:
