@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from sb3_mlflow_ckpt.errors import InvalidQueryError, RunNotFoundError
 from sb3_mlflow_ckpt.layout import LARGEST_EPISODE, RunFolder
+from sb3_mlflow_ckpt.resume_commands import shell_word
 from sb3_mlflow_ckpt.runs.document import STATUSES
 from sb3_mlflow_ckpt.runs.lineage import Segment, lineage, stitched_curve
 from sb3_mlflow_ckpt.runs.reader import Document, Glance, RunReader
@@ -106,9 +107,18 @@ def show_runs(
         return run_list(found, store.glances([run["run_id"] for run in found.items]), query)
 
     view, outage = _last_good(request).view(_address(request), make)
-    settings = request.app.state.settings
-    train = f"{_TRAIN} --checkpoint-dir {formats.text(str(settings.checkpoint_dir))}"
-    return page(request, "runs.html", view=view, outage=outage, train=train, where=str(settings.checkpoint_dir))
+    where, folder = str(store), str(request.app.state.settings.checkpoint_dir)
+    in_folder = where == folder
+    train = f"{_TRAIN} --checkpoint-dir {shell_word(folder)}" if in_folder else _TRAIN
+    return page(
+        request,
+        "runs.html",
+        view=view,
+        outage=outage,
+        train=train,
+        where=formats.text(where),
+        in_folder=in_folder,
+    )
 
 
 @router.get("/training/compare")

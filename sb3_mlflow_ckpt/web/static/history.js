@@ -56,7 +56,8 @@ function morphAttributes(old, fresh) {
     if (!fresh.hasAttribute(name) && !OWN_STATE.has(name) && !name.startsWith("data-own")) old.removeAttribute(name);
   }
   for (const { name, value } of fresh.attributes) {
-    if (!OWN_STATE.has(name) && old.getAttribute(name) !== value) old.setAttribute(name, value);
+    const own = OWN_STATE.has(name) || (name === "class" && old.hasAttribute("data-own-copied"));
+    if (!own && old.getAttribute(name) !== value) old.setAttribute(name, value);
   }
 }
 
@@ -100,6 +101,8 @@ const words = (root) => new Map($$("tr[id] .status, #head .status", root).map((s
 function apply(html) {
   const fresh = new DOMParser().parseFromString(html, "text/html");
   const before = words(document);
+  const newest = newestCheckpoint();
+  const focused = document.activeElement;
   const parts = $$("[data-live]");
   // A page of another shape, such as a list's that had no run: it is loaded anew where nobody has touched anything.
   const shape = (root) => $$("[data-live]", root).map((part) => part.id).join();
@@ -112,9 +115,16 @@ function apply(html) {
     if (found) morph(part, found);
   }
   document.title = fresh.title;
+  // An element that was moved has lost it.
+  if (focused?.isConnected && focused !== document.activeElement) focused.focus({ preventScroll: true });
   tick();
   announce(before, words(document));
+  if (newestCheckpoint() !== newest) say(`Checkpoint of episode ${newestCheckpoint()} was saved`);
   $$("[data-compare]").forEach(countChosen);
+}
+
+function newestCheckpoint() {
+  return $(".saved tbody")?.id.replace("ep-", "");
 }
 
 function announce(before, after) {
@@ -173,8 +183,9 @@ function connected(reached) {
   banner.hidden = reached;
   const mark = $("[data-connection]");
   mark.hidden = false;
-  mark.textContent = reached ? "Live" : "Offline";
-  mark.classList.toggle("is-off", !reached);
+  const current = reached && !$("#banners .banner, [data-problem]");
+  mark.textContent = current ? "Live" : reached ? "Waiting" : "Offline";
+  mark.classList.toggle("is-off", !current);
 }
 
 // ---- Copying
@@ -235,6 +246,25 @@ function countChosen() {
     count > 8 ? "At most 8 runs" : count === 1 ? "Choose one more" : count ? "" : "Choose 2 to 8 runs";
 }
 
+// Which form of the commands somebody likes is the same on every page.
+function remember(radio) {
+  try {
+    localStorage.setItem(`history-${radio.name}`, radio.id);
+  } catch {
+    // Not kept where a browser keeps nothing.
+  }
+}
+
+function recall() {
+  for (const radio of $$(".toggle input")) {
+    try {
+      if (localStorage.getItem(`history-${radio.name}`) === radio.id) radio.checked = true;
+    } catch {
+      return;
+    }
+  }
+}
+
 function submitShort(form) {
   // Addresses that people pass on: without what is not filtered.
   for (const field of $$("input, select", form)) {
@@ -250,6 +280,7 @@ document.addEventListener("click", (event) => {
 document.addEventListener("change", (event) => {
   if (event.target.matches("[data-filters] select")) event.target.form.requestSubmit();
   if (event.target.name === "run") countChosen();
+  if (event.target.matches(".toggle input")) remember(event.target);
 });
 document.addEventListener("submit", (event) => {
   if (event.target.matches("[data-filters]")) submitShort(event.target);
@@ -259,8 +290,12 @@ document.addEventListener("visibilitychange", () => {
 });
 addEventListener("online", () => isLive() && ask());
 addEventListener("offline", () => isLive() && connected(false));
-addEventListener("pageshow", countChosen);
+addEventListener("pageshow", (event) => {
+  countChosen();
+  if (event.persisted && isLive()) ask();
+});
 
+recall();
 tick();
 setInterval(() => document.hidden || tick(), 1_000);
 if (isLive()) ask();
