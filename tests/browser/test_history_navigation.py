@@ -87,7 +87,7 @@ def test_a_search_and_filters_are_in_the_address(server: Server, visit: Visit, m
     page.get_by_role("searchbox").press("Enter")
     expect(page).to_have_url(re.compile(r"\?q=three$"))
     assert shown_runs(page) == wanted(many_runs, RunQuery(text="three"))
-    page.get_by_label("Algorithm").select_option("ppo")
+    page.locator("select[name=algo]").select_option("ppo")
     expect(page).to_have_url(re.compile("algo=ppo"))
     page.get_by_role("list", name="Statuses").get_by_role("link", name=re.compile("^completed")).click()
     expect(page).to_have_url(re.compile("status=completed"))
@@ -99,18 +99,18 @@ def test_a_search_and_filters_are_in_the_address(server: Server, visit: Visit, m
     other = visit(server).open(page.url.removeprefix(server.ui))
     assert shown_runs(other) == shown_runs(page)
     expect(other.get_by_role("searchbox")).to_have_value("three")
-    expect(other.get_by_label("Algorithm")).to_have_value("ppo")
+    expect(other.locator("select[name=algo]")).to_have_value("ppo")
     other.get_by_role("link", name="Clear").click()
     expect(other).to_have_url(f"{server.ui}/training")
 
 
 def test_the_environment_and_the_agent_are_filters(server: Server, visit: Visit, many_runs: FolderRuns) -> None:
     page = visit(server).open("/training")
-    page.get_by_label("Environment").select_option("toy_environments:FixedLength-v0")
+    page.locator("select[name=env]").select_option("toy_environments:FixedLength-v0")
     expect(page).to_have_url(re.compile("env="))
     assert shown_runs(page) == wanted(many_runs, RunQuery(env_id="toy_environments:FixedLength-v0")) != []
     page.goto("/training")
-    page.get_by_label("Agent").select_option("chain")
+    page.locator("select[name=agent]").select_option("chain")
     expect(page).to_have_url(re.compile("agent=chain"))
     assert shown_runs(page) == wanted(many_runs, RunQuery(agent_id="chain")) != []
 
