@@ -49,8 +49,10 @@ def main() -> None:
         try:
             with serving(folder) as address, window() as page:
                 page.goto(f"{address}/training")
+                page.get_by_text("Live", exact=True).wait_for()
                 save(page, "training-history.png")
                 page.goto(f"{address}/training/{resumed}")
+                page.locator(".resume").get_by_text("verified").wait_for()
                 save(page, "training-run.png")
         finally:
             live.terminate()
