@@ -110,6 +110,7 @@ function apply(html) {
     if (!$$("main input:checked, main details[open]").some((own) => !own.defaultChecked)) location.reload();
     return;
   }
+  const kept = placeOfReader();
   for (const part of parts) {
     const found = fresh.getElementById(part.id);
     if (found) morph(part, found);
@@ -118,9 +119,21 @@ function apply(html) {
   // An element that was moved has lost it.
   if (focused?.isConnected && focused !== document.activeElement) focused.focus({ preventScroll: true });
   tick();
+  if (kept?.element.isConnected) scrollBy({ top: topOf(kept.element) - kept.top, behavior: "instant" });
   announce(before, words(document));
   if (newestCheckpoint() !== newest) say(`Checkpoint of episode ${newestCheckpoint()} was saved`);
   $$("[data-compare]").forEach(countChosen);
+}
+
+const topOf = (element) => element.getBoundingClientRect().top;
+
+// What somebody reads must not be pushed away by what comes above it: where the focus is, else the first thing seen.
+function placeOfReader() {
+  if (scrollY === 0) return null;
+  const seen = (element) => topOf(element) < innerHeight && element.getBoundingClientRect().bottom > 0;
+  const focused = document.activeElement;
+  const element = focused.matches("main *") && seen(focused) ? focused : $$("main [id], main h2").find((each) => topOf(each) >= 0 && seen(each));
+  return element ? { element, top: topOf(element) } : null;
 }
 
 function newestCheckpoint() {
