@@ -259,25 +259,6 @@ function countChosen() {
     count > 8 ? "At most 8 runs" : count === 1 ? "Choose one more" : count ? "" : "Choose 2 to 8 runs";
 }
 
-// Which form of the commands somebody likes is the same on every page.
-function remember(radio) {
-  try {
-    localStorage.setItem(`history-${radio.name}`, radio.id);
-  } catch {
-    // Not kept where a browser keeps nothing.
-  }
-}
-
-function recall() {
-  for (const radio of $$(".toggle input")) {
-    try {
-      if (localStorage.getItem(`history-${radio.name}`) === radio.id) radio.checked = true;
-    } catch {
-      return;
-    }
-  }
-}
-
 function submitShort(form) {
   // Addresses that people pass on: without what is not filtered.
   for (const field of $$("input, select", form)) {
@@ -293,7 +274,6 @@ document.addEventListener("click", (event) => {
 document.addEventListener("change", (event) => {
   if (event.target.matches("[data-filters] select")) event.target.form.requestSubmit();
   if (event.target.name === "run") countChosen();
-  if (event.target.matches(".toggle input")) remember(event.target);
 });
 document.addEventListener("submit", (event) => {
   if (event.target.matches("[data-filters]")) submitShort(event.target);
@@ -308,7 +288,6 @@ addEventListener("pageshow", (event) => {
   if (event.persisted && isLive()) ask();
 });
 
-recall();
 tick();
 setInterval(() => document.hidden || tick(), 1_000);
 if (isLive()) ask();
