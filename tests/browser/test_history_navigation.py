@@ -86,11 +86,14 @@ def test_a_search_and_filters_are_in_the_address(server: Server, visit: Visit, m
     page.get_by_role("searchbox").fill("three")
     page.get_by_role("searchbox").press("Enter")
     expect(page).to_have_url(re.compile(r"\?q=three$"))
+    page.wait_for_load_state()
     assert shown_runs(page) == wanted(many_runs, RunQuery(text="three"))
     page.locator("select[name=algo]").select_option("ppo")
     expect(page).to_have_url(re.compile("algo=ppo"))
+    page.wait_for_load_state()
     page.get_by_role("list", name="Statuses").get_by_role("link", name=re.compile("^completed")).click()
     expect(page).to_have_url(re.compile("status=completed"))
+    page.wait_for_load_state()
     found = RunQuery(text="three", algo="ppo", status=("completed",))
     assert shown_runs(page) == wanted(many_runs, found) != []
     total = select(many_runs.summaries(), found).total
@@ -108,10 +111,12 @@ def test_the_environment_and_the_agent_are_filters(server: Server, visit: Visit,
     page = visit(server).open("/training")
     page.locator("select[name=env]").select_option("toy_environments:FixedLength-v0")
     expect(page).to_have_url(re.compile("env="))
+    page.wait_for_load_state()
     assert shown_runs(page) == wanted(many_runs, RunQuery(env_id="toy_environments:FixedLength-v0")) != []
     page.goto("/training")
     page.locator("select[name=agent]").select_option("chain")
     expect(page).to_have_url(re.compile("agent=chain"))
+    page.wait_for_load_state()
     assert shown_runs(page) == wanted(many_runs, RunQuery(agent_id="chain")) != []
 
 
