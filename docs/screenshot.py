@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import FloatRect, Page, sync_playwright
 
 IMAGES = Path(__file__).parent / "images"
 WIDTH, HEIGHT = 1440, 900
@@ -49,8 +49,10 @@ def main() -> None:
         try:
             with serving(folder) as address, window() as page:
                 page.goto(f"{address}/training")
+                page.get_by_text("Live", exact=True).wait_for()
                 save(page, "training-history.png")
                 page.goto(f"{address}/training/{resumed}")
+                page.locator(".resume").get_by_text("verified").wait_for()
                 save(page, "training-run.png")
         finally:
             live.terminate()
@@ -147,7 +149,9 @@ def window() -> Iterator[Page]:
 
 def save(page: Page, name: str) -> None:
     """Write a picture of what a window shows, in few colours."""
-    picture = Image.open(io.BytesIO(page.screenshot()))
+    end = page.evaluate("() => Math.ceil(document.querySelector('main').getBoundingClientRect().bottom)")
+    clip: FloatRect = {"x": 0, "y": 0, "width": WIDTH, "height": min(HEIGHT, end)}
+    picture = Image.open(io.BytesIO(page.screenshot(clip=clip)))
     picture.convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE).save(IMAGES / name, optimize=True)
     print(f"{IMAGES / name}: {(IMAGES / name).stat().st_size // 1000} kB")
 

@@ -225,19 +225,21 @@ def _marks(checkpoints: Iterable[Mapping[str, Any]], curve: Sequence[Place]) -> 
         title += f", mean reward {reading(reward)}" if reward is not None else ""
         title += ", pruned" if state == "pruned" else ""
         classes = "checkpoint checkpoint-pruned" if state == "pruned" else "checkpoint"
-        marks.append(_Mark(episode, step, _height(rising, step) if rising else reward, title, classes))
+        marks.append(_Mark(episode, step, _height(rising, step, reward), title, classes))
     if best:
         marks.insert(1, marks.pop(best))
     return marks
 
 
-def _height(curve: Sequence[Place], step: float) -> float:
-    """Return how high a curve, sorted and not empty, is at a step."""
+def _height(curve: Sequence[Place], step: float, reward: float | None) -> float | None:
+    """Return how high a curve, sorted by steps, is at a step: beside its ends, the reward that is known there."""
+    if not curve or not curve[0][0] <= step <= curve[-1][0]:
+        return reward
     at = bisect.bisect(curve, (step,))
     before, behind = curve[max(0, at - 1)], curve[min(at, len(curve) - 1)]
     if behind[0] <= before[0]:
         return behind[1]
-    part = min(1.0, max(0.0, (step - before[0]) / (behind[0] - before[0])))
+    part = (step - before[0]) / (behind[0] - before[0])
     return before[1] * (1 - part) + behind[1] * part
 
 

@@ -193,15 +193,16 @@ def _commands(record: Document, item: Document, check: Check) -> tuple[Command, 
 
 
 def wanted_check(items: Sequence[Mapping[str, Any]], checks: Mapping[int, Check]) -> int | None:
-    """Return the checkpoint whose content should be looked at next: the newest on disk, an older one if it is damaged.
+    """Return the checkpoint whose content should be looked at next, or None where enough is known.
+
+    That is the one on disk that was saved last, an older one where it is damaged: what a page offers first.
 
     Args:
-        items: Ascending by episode.
+        items: The newest checkpoints.
         checks: What is known.
     """
-    for item in reversed(items):
-        if item.get("state") == "pruned" or item.get("on_disk") is not True:
-            continue
+    on_disk = [item for item in items if item.get("state") != "pruned" and item.get("on_disk") is True]
+    for item in sorted(on_disk, key=lambda item: (str(item.get("timestamp")), item["episode"]), reverse=True):
         known = checks.get(item["episode"])
         if known is None:
             return int(item["episode"])

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from sb3_mlflow_ckpt.errors import InvalidQueryError, RunNotFoundError
 from sb3_mlflow_ckpt.layout import LARGEST_EPISODE, RunFolder
+from sb3_mlflow_ckpt.resume_commands import shell_word
 from sb3_mlflow_ckpt.runs.document import STATUSES
 from sb3_mlflow_ckpt.runs.lineage import Segment, lineage, stitched_curve
 from sb3_mlflow_ckpt.runs.reader import Document, Glance, RunReader
@@ -28,6 +29,7 @@ from sb3_mlflow_ckpt.web.views import ListQuery, RunList, run_list
 CURVE_POINTS = 500
 CHECKPOINTS = 50
 LEAST_COMPARED, MOST_COMPARED = 2, 8
+_READ_AT_ONCE = 2
 _MEDIA_TYPES = {
     "history.css": "text/css; charset=utf-8",
     "history.js": "text/javascript; charset=utf-8",
@@ -40,7 +42,7 @@ router = APIRouter(include_in_schema=False)
 
 
 class Examiner:
-    """Reads checkpoints whole behind the answers, one at a time: a later look at the page finds what came of it.
+    """Reads checkpoints whole for pages, few at a time: other requests must find threads, and the disk time.
 
     Args:
         checks: Where it is remembered.
@@ -49,9 +51,18 @@ class Examiner:
     def __init__(self, checks: Checks) -> None:
         self._checks = checks
         self._busy = threading.Lock()
+        self._at_once = threading.BoundedSemaphore(_READ_AT_ONCE)
+
+    def examine(self, folder: RunFolder, episode: int) -> None:
+        """Read a checkpoint before the answer, unless too many are being read."""
+        if self._at_once.acquire(blocking=False):
+            try:
+                self._checks.check(folder, episode)
+            finally:
+                self._at_once.release()
 
     def ask(self, folder: RunFolder, episode: int) -> None:
-        """Have a checkpoint read, unless another one is being read: whoever looks again asks again."""
+        """Have a checkpoint read behind the answer, unless another one is being read: who looks again asks again."""
         if self._busy.acquire(blocking=False):
             threading.Thread(target=self._examine, args=(folder, episode), daemon=True).start()
 
@@ -106,9 +117,18 @@ def show_runs(
         return run_list(found, store.glances([run["run_id"] for run in found.items]), query)
 
     view, outage = _last_good(request).view(_address(request), make)
-    settings = request.app.state.settings
-    train = f"{_TRAIN} --checkpoint-dir {formats.text(str(settings.checkpoint_dir))}"
-    return page(request, "runs.html", view=view, outage=outage, train=train, where=str(settings.checkpoint_dir))
+    where, folder = str(store), str(request.app.state.settings.checkpoint_dir)
+    in_folder = where == folder
+    train = f"{_TRAIN} --checkpoint-dir {shell_word(folder)}" if in_folder else _TRAIN
+    return page(
+        request,
+        "runs.html",
+        view=view,
+        outage=outage,
+        train=train,
+        where=formats.text(where),
+        in_folder=in_folder,
+    )
 
 
 @router.get("/training/compare")
@@ -171,7 +191,7 @@ def _run_page(request: Request, run_id: str, before: int | None, check: int | No
     newest = items if before is None else store.checkpoints(run_id, limit=CHECKPOINTS)
     folder = run_folder(state.settings.checkpoint_dir, record)
     if folder is not None and check is not None and any(item["episode"] == check for item in items):
-        state.checks.check(folder, check)
+        _examiner(request).examine(folder, check)
     checks = _known(state.checks, folder, [*items, *newest])
     wanted = wanted_check(newest, checks)
     if folder is not None and wanted is not None:

@@ -49,7 +49,7 @@ class Frame:
     def grid(self) -> Markup:
         """Return grid lines with their labels, which a screen reader is spared: the description says more."""
         across = ticks(self.x.low, self.x.high, max(2, self.width // 110))
-        up = ticks(self.y.low, self.y.high, max(2, self.height // 60))
+        up = ticks(self.y.low, self.y.high, max(2, self.height // 50))
         left, right, top, bottom = map(coordinate, (self.x.begin, self.x.end, self.y.end, self.y.begin))
         lines = [f"M{left},{coordinate(self.y(value))}H{right}" for value in up]
         lines += [f"M{coordinate(self.x(value))},{top}V{bottom}" for value in across]
@@ -77,7 +77,7 @@ class Frame:
 def frame(points: Sequence[Place], width: int, height: int) -> Frame:
     """Return the frame that some points fit into."""
     low, high = domain((point[1] for point in points), margin=0.08)
-    labels = tick_labels(ticks(low, high, max(2, height // 60)))
+    labels = tick_labels(ticks(low, high, max(2, height // 50)))
     left = min(16 + _CHARACTER * max(map(len, labels), default=0), width / 3)
     x = domain(_steps_of(points))
     return Frame(width, height, Scale(*x, left, width - _RIGHT), Scale(low, high, height - _BOTTOM, _TOP))
@@ -87,7 +87,7 @@ def _steps_of(points: Sequence[Place]) -> list[float]:
     """Return the environment steps of an axis: from 0 where that costs little room."""
     found = [point[0] for point in points]
     low, high = min(found), max(found)
-    return [0.0, high or 1.0] if 0 <= low <= high / 3 or low == high >= 0 else [low, high]
+    return [0.0, high or 1.0] if 0 <= low <= high / 2 or low == high >= 0 else [low, high]
 
 
 def svg(name: str, description: str, classes: str, size: tuple[int, int], content: Iterable[Markup]) -> Markup:

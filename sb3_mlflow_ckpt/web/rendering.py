@@ -101,7 +101,10 @@ def page(request: Request, template: str, *, status: int = 200, **known: Any) ->
     body = _templates.get_template(template).render(
         root=request.app.state.settings.root_path, path=own_path(request.scope), **known
     )
-    return respond(request, body.encode("utf-8", "replace"), HTML, status=status)
+    response = respond(request, body.encode("utf-8", "replace"), HTML, status=status)
+    if status != 200:
+        response.headers["Cache-Control"] = "no-store"
+    return response
 
 
 def problem_page(request: Request, problem: Problem) -> Response | None:

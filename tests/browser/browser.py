@@ -104,7 +104,8 @@ class Visitor:
     def close(self) -> None:
         """Close the window; fail if anything was noticed."""
         self.context.close()
-        assert [text for text in self.problems if not any(part in text for part in self.expected)] == []
+        noticed = [text for text in self.problems if not any(part in text for part in self.expected)]
+        assert not noticed, noticed
 
     def _heard(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):

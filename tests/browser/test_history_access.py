@@ -13,6 +13,8 @@ from playwright.sync_api import Page, expect
 from real_runs import NAMES, RealRuns
 
 THEMES = ("light", "dark")
+STATES = ("tracked", "third of three", "killed", "stopped", "stalled", "broken simulator", "pruned", "damaged")
+"""One run of each status and of each thing that can be said of a checkpoint."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def test_axe_finds_nothing_wrong_with_any_run_s_page(
     server: Server, visit: Visit, real_runs: RealRuns, theme: str
 ) -> None:
     visitor = visit(server, color_scheme=theme)
-    for name in NAMES:
+    for name in STATES:
         page = visitor.open(f"/training/{real_runs.id(name)}")
         open_everything(page)
         assert (name, axe_violations(page)) == (name, [])
@@ -54,12 +56,12 @@ def test_axe_finds_nothing_wrong_with_any_other_page(
         "/nowhere": 404,
         "/training?sort=nonsense": 422,
     }
-    for size in (DESKTOP, PHONE):
+    for size, some in ((DESKTOP, list(targets)), (PHONE, list(targets)[:3])):
         visitor = visit(server, color_scheme=theme, size=size)
         visitor.expected += ["404", "422"]
-        for target, status in targets.items():
+        for target in some:
             answer = visitor.page.goto(target)
-            assert answer is not None and answer.status == status
+            assert answer is not None and answer.status == targets[target]
             open_everything(visitor.page)
             assert (target, axe_violations(visitor.page)) == (target, [])
     assert axe_violations(visit(empty_server, color_scheme=theme).open("/training")) == []

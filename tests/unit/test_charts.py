@@ -182,6 +182,13 @@ def test_checkpoints_are_links_on_the_curve_in_its_order() -> None:
     assert at[0] == pytest.approx(((begin[0] + middle[0]) / 2, (begin[1] + middle[1]) / 2), abs=0.1)
 
 
+def test_a_checkpoint_beside_the_curve_s_ends_is_drawn_at_its_own_reward() -> None:
+    items = [saved(50, 50, 1.0), saved(100, 200, 5.0), saved(150, 500, 1.0)]
+    root = wide(check(reward_chart([own(*curve(5.0, 5.0, begin=200))], items)))
+    heights = [float(link[-1].attrib["cy"]) for link in root.iter(f"{SVG}a")]
+    assert heights[0] == heights[2] > heights[1]
+
+
 def test_of_checkpoints_that_crowd_the_newest_and_the_best_are_drawn() -> None:
     items = [saved(episode, 1000 + episode, 100.0 if episode == 37 else 1.0) for episode in range(1, 2001)]
     root = wide(check(reward_chart([own(*curve(*range(50)))], items)))

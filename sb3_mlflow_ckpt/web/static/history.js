@@ -56,7 +56,8 @@ function morphAttributes(old, fresh) {
     if (!fresh.hasAttribute(name) && !OWN_STATE.has(name) && !name.startsWith("data-own")) old.removeAttribute(name);
   }
   for (const { name, value } of fresh.attributes) {
-    if (!OWN_STATE.has(name) && old.getAttribute(name) !== value) old.setAttribute(name, value);
+    const own = OWN_STATE.has(name) || (name === "class" && old.hasAttribute("data-own-copied"));
+    if (!own && old.getAttribute(name) !== value) old.setAttribute(name, value);
   }
 }
 
@@ -100,6 +101,8 @@ const words = (root) => new Map($$("tr[id] .status, #head .status", root).map((s
 function apply(html) {
   const fresh = new DOMParser().parseFromString(html, "text/html");
   const before = words(document);
+  const newest = newestCheckpoint();
+  const focused = document.activeElement;
   const parts = $$("[data-live]");
   // A page of another shape, such as a list's that had no run: it is loaded anew where nobody has touched anything.
   const shape = (root) => $$("[data-live]", root).map((part) => part.id).join();
@@ -107,14 +110,34 @@ function apply(html) {
     if (!$$("main input:checked, main details[open]").some((own) => !own.defaultChecked)) location.reload();
     return;
   }
+  const kept = placeOfReader();
   for (const part of parts) {
     const found = fresh.getElementById(part.id);
     if (found) morph(part, found);
   }
   document.title = fresh.title;
+  // An element that was moved has lost it.
+  if (focused?.isConnected && focused !== document.activeElement) focused.focus({ preventScroll: true });
   tick();
+  if (kept?.element.isConnected) scrollBy({ top: topOf(kept.element) - kept.top, behavior: "instant" });
   announce(before, words(document));
+  if (newestCheckpoint() !== newest) say(`Checkpoint of episode ${newestCheckpoint()} was saved`);
   $$("[data-compare]").forEach(countChosen);
+}
+
+const topOf = (element) => element.getBoundingClientRect().top;
+
+// What somebody reads must not be pushed away by what comes above it: where the focus is, else the first thing seen.
+function placeOfReader() {
+  if (scrollY === 0) return null;
+  const seen = (element) => topOf(element) < innerHeight && element.getBoundingClientRect().bottom > 0;
+  const focused = document.activeElement;
+  const element = focused.matches("main *") && seen(focused) ? focused : $$("main [id], main h2").find((each) => topOf(each) >= 0 && seen(each));
+  return element ? { element, top: topOf(element) } : null;
+}
+
+function newestCheckpoint() {
+  return $(".saved tbody")?.id.replace("ep-", "");
 }
 
 function announce(before, after) {
@@ -173,8 +196,9 @@ function connected(reached) {
   banner.hidden = reached;
   const mark = $("[data-connection]");
   mark.hidden = false;
-  mark.textContent = reached ? "Live" : "Offline";
-  mark.classList.toggle("is-off", !reached);
+  const current = reached && !$("#banners .banner, [data-problem]");
+  mark.textContent = current ? "Live" : reached ? "Waiting" : "Offline";
+  mark.classList.toggle("is-off", !current);
 }
 
 // ---- Copying
@@ -259,7 +283,10 @@ document.addEventListener("visibilitychange", () => {
 });
 addEventListener("online", () => isLive() && ask());
 addEventListener("offline", () => isLive() && connected(false));
-addEventListener("pageshow", countChosen);
+addEventListener("pageshow", (event) => {
+  countChosen();
+  if (event.persisted && isLive()) ask();
+});
 
 tick();
 setInterval(() => document.hidden || tick(), 1_000);
