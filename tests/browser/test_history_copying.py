@@ -131,8 +131,6 @@ def test_a_page_that_has_no_clipboard_copies_all_the_same(server: Server, visit:
     """On http and another name than localhost a browser gives pages no `navigator.clipboard`."""
     record = own_runs.record("stopped")
     visitor = visit(server, origin=f"http://{ANOTHER_NAME}:{server.ui_port}")
-    # The browser says of each page that it cannot honour this header without https.
-    visitor.expected.append("Cross-Origin-Opener-Policy header has been ignored")
     page = visitor.open(f"/training/{record['run_id']}")
     assert page.evaluate("() => [isSecureContext, 'clipboard' in navigator]") == [False, False]
     primary_button(page).click()
