@@ -211,7 +211,7 @@ def test_a_training_that_stands_still_in_its_first_second_is_known_to_have_stepp
     callback = EpisodeCheckpointCallback(0, checkpoint_dir=tmp_path, heartbeat_seconds=0.05)
     seen: list[dict[str, Any]] = []
 
-    def stand() -> None:
+    def stand(_: PPO) -> None:
         assert callback.folder is not None
         record = callback.folder
         wait_for(lambda: read_record(record)["progress"]["num_timesteps"] == 2, "the heartbeat tells of the last step")
