@@ -33,6 +33,11 @@ def reap(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+def actions(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """Return what was done, without the orphans: runs of other tests on the same MLflow server may look like such."""
+    return [item["action"] for item in json.loads(done.stdout) if item["action"] != "orphan"]
+
+
 def test_a_killed_trainer_is_settled_everywhere_and_a_living_one_is_not_touched(
     tmp_path: Path, mlflow_uri: str, mongo_uri: str, mongo_database: str
 ) -> None:
@@ -54,19 +59,18 @@ def test_a_killed_trainer_is_settled_everywhere_and_a_living_one_is_not_touched(
         wait_for(sent, "a checkpoint is in MLflow", trainer)
         (run,) = FolderRuns(tmp_path / "checkpoints").list()
         alive = reap(cwd=tmp_path)
-        # Runs of other tests on the same server may look like orphans.
-        assert [item["action"] for item in json.loads(alive.stdout) if item["action"] != "orphan"] == ["alive"], alive.stderr
+        assert actions(alive) == ["alive"], alive.stderr
         assert FolderRuns(tmp_path / "checkpoints").list()[0]["status"] == "running"
     finally:
         trainer.send_signal(signal.SIGKILL)
         trainer.wait(60)
     run_id = run["run_id"]
     kept = list_checkpoints(tmp_path / "checkpoints")
-    assert [item["action"] for item in json.loads(reap("--dry-run", cwd=tmp_path).stdout)] == ["would fail"]
+    assert actions(reap("--dry-run", cwd=tmp_path)) == ["would fail"]
     assert FolderRuns(tmp_path / "checkpoints").get(run_id)["status"] == "running"
     done = reap("--run-id", run_id, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [item["action"] for item in json.loads(done.stdout)] == ["failed"]
+    assert actions(done) == ["failed"]
     record = FolderRuns(tmp_path / "checkpoints").get(run_id)
     assert (record["status"], record["error"]["type"]) == ("failed", "ProcessLost")
     assert str(trainer.pid) in record["error"]["message"]
