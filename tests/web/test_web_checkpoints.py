@@ -29,7 +29,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     done = trainer(
         "--run-id", FIRST, "--env-id", "CartPole-v1", "--total-timesteps", 128, "--hyperparameters", "n_steps=32",
-        "--checkpoint-interval-episodes", 2, "--mlflow", "false", cwd=folder,
+        "--checkpoint-interval-episodes", 2, "--keep-last-n-checkpoints", 0, "--mlflow", "false", cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder / "checkpoints"
