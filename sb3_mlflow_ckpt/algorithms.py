@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sb3_mlflow_ckpt.config import TrainingConfig, nearest, schedule_start
 from sb3_mlflow_ckpt.errors import ConfigError
+from sb3_mlflow_ckpt.short_names import SHORT_NAMES
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -37,14 +38,6 @@ _NOT_DESCRIBED = frozenset({"policy", "env", "device", "verbose", "tensorboard_l
 _NORMALIZE = ("norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon")
 _OBJECT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _SCHEDULED = ("learning_rate", "clip_range", "clip_range_vf", "delta_std")
-SHORT_NAMES: Mapping[str, tuple[str, ...]] = {
-    "activation_fn": ("torch.nn",),
-    "optimizer_class": ("torch.optim", "stable_baselines3.common.sb2_compat.rmsprop_tf_like"),
-    "features_extractor_class": ("stable_baselines3.common.torch_layers",),
-    "replay_buffer_class": ("stable_baselines3", "stable_baselines3.common.buffers"),
-    "rollout_buffer_class": ("stable_baselines3.common.buffers",),
-}
-"""Where a short name such as `Tanh` or `HerReplayBuffer` is looked up, by the argument that it is given for."""
 
 
 def import_object(reference: str, key: str) -> Any:

@@ -1,4 +1,4 @@
-"""Owns durable bytes: temporary, fsync, rename, fsync of the folder; appended lines; hashes.
+"""Owns durable bytes: temporary, fsync, rename, fsync of the folder; hashes.
 
 A reader sees either the old file or the new one, and what it sees survives a power cut. The files of a run folder
 are opened as what they are: a symbolic link, a pipe or a device in the place of one is refused, never followed.
@@ -17,7 +17,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sb3_mlflow_ckpt import strict_json
 from sb3_mlflow_ckpt.errors import ForeignFileError
 from sb3_mlflow_ckpt.layout import TEMPORARY_PREFIX
 
@@ -166,112 +165,6 @@ def read_bytes(path: Path, limit: int = LARGEST_DOCUMENT) -> bytes:
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"is larger than {limit} bytes", str(path))
     return content
-
-
-def append_line(path: Path, value: Any, *, durable: bool = True) -> None:
-    """Append one JSON document as a line.
-
-    A line that a crash tore is closed first, so that it spoils itself alone. One that fails is taken back.
-
-    Args:
-        path: The file; made if it is missing.
-        value: Anything that strict JSON can hold.
-        durable: Whether the line must survive a power cut (a checkpoint's event) or only a crash of the
-            process (a point of the learning curve).
-
-    Raises:
-        ForeignFileError: Something else lies there.
-        OSError: It cannot be written.
-    """
-    line = dump_json(value, indent=None)
-    # Unbuffered: what a failed write left in a buffer would be written by close().
-    with named(path), opened(path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as file:
-        end = file.seek(0, os.SEEK_END)
-        if end > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                line = b"\n" + line
-        try:
-            rest = memoryview(line)
-            while rest:
-                rest = rest[file.write(rest) :]
-            if durable:
-                os.fsync(file.fileno())
-        except BaseException:
-            with suppress(OSError):
-                file.truncate(end)
-            raise
-
-
-def is_torn(path: Path) -> bool:
-    """Return whether the last line of a file has no end: a crash came while it was written."""
-    try:
-        with open(path, "rb") as file:
-            if file.seek(0, os.SEEK_END) == 0:
-                return False
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) != b"\n"
-    except FileNotFoundError:
-        return False
-
-
-def close_line(path: Path) -> None:
-    """Give a torn last line an end, durably."""
-    with open(path, "ab") as file:
-        file.write(b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_lines(path: Path, offset: int = 0, at_most: int = -1) -> tuple[list[dict[str, Any]], int]:
-    """Read the complete JSON lines from a byte offset on; torn, foreign and endless lines are passed over.
-
-    A file that is shorter than that is another one than before, and is read from its beginning.
-
-    Args:
-        path: The file; it may be missing.
-        offset: Where to begin, in bytes.
-        at_most: About how many bytes to read; all where it is negative. A line is never cut by it.
-
-    Returns:
-        The documents and the offset behind the last complete line.
-
-    Raises:
-        ForeignFileError: Something else lies there.
-        OSError: It cannot be read.
-    """
-    rows: list[dict[str, Any]] = []
-    try:
-        with opened(path) as file:
-            if offset > os.fstat(file.fileno()).st_size:
-                offset = 0
-            file.seek(offset)
-            start = offset
-            for line, end in _complete_lines(file, offset):
-                offset = end
-                try:
-                    row = strict_json.loads(line)
-                except ValueError:
-                    row = None
-                if isinstance(row, dict):
-                    rows.append(row)
-                if 0 <= at_most <= offset - start:
-                    break
-    except FileNotFoundError:
-        return [], offset
-    return rows, offset
-
-
-def _complete_lines(file: BinaryIO, offset: int) -> Iterator[tuple[bytes, int]]:
-    """Yield each line that has an end, and the offset behind it; one beyond all bounds as an empty line."""
-    whole = True
-    while piece := file.readline(LARGEST_DOCUMENT):
-        offset += len(piece)
-        if piece.endswith(b"\n"):
-            yield (piece if whole else b""), offset
-            whole = True
-        else:
-            whole = False
 
 
 def sha256(path: Path) -> str:

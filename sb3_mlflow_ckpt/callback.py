@@ -252,6 +252,7 @@ class EpisodeCheckpointCallback(BaseCallback):
             live = self._running()
             self._moments.step()
             self._count(self._episodes.ended(self.model, self.locals))
+            live.stepped(self.num_timesteps, self.episode)
             if self._curve.due():
                 self._add_point(live)
             self._check_writer(live)

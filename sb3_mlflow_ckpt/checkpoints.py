@@ -17,7 +17,7 @@ from sb3_mlflow_ckpt.origins import note_origin
 from sb3_mlflow_ckpt.pins import pin_checkpoint, unpin_checkpoint
 from sb3_mlflow_ckpt.policies import Retention
 from sb3_mlflow_ckpt.pruning import prune_runs
-from sb3_mlflow_ckpt.runs.folder import subfolders
+from sb3_mlflow_ckpt.runs.folder_index import subfolders
 from sb3_mlflow_ckpt.verification import read_metadata, verify_checkpoint
 
 if TYPE_CHECKING:

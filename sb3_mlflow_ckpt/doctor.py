@@ -268,7 +268,7 @@ def _mlflow_version(address: str, shown: str) -> Iterator[Finding]:
 
 def mongo_server(uri: str, database: str) -> Iterator[Finding]:
     """Ask MongoDB for an answer, its indexes and its clock."""
-    from sb3_mlflow_ckpt.runs.mongo import answering, connect, missing_indexes, redacted
+    from sb3_mlflow_ckpt.runs.mongo_database import answering, connect, missing_indexes, redacted
 
     shown = redacted(uri)
     try:

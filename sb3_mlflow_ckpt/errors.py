@@ -117,6 +117,20 @@ class InvalidIdError(CheckpointError, ValueError):
     """An agent id or run id could leave its folder, or cannot name one everywhere."""
 
 
+class InvalidQueryError(ValueError):
+    """A question about runs that cannot be answered as it is asked.
+
+    Args:
+        parameter: What is wrong with it: `sort`, `cursor`, ...
+        problem: Why, and what would do.
+    """
+
+    def __init__(self, parameter: str, problem: str) -> None:
+        self.parameter = parameter
+        self.problem = printable(problem)
+        super().__init__(f"{parameter}: {self.problem}")
+
+
 class RunNotFoundError(CheckpointError, LookupError):
     """No run record with this id.
 
@@ -194,6 +208,12 @@ class MirrorUnavailableError(ConnectionError):
         else:
             remedy = "Start it or correct the address" + (f"; {hint}" if hint else "")
             super().__init__(f"{name} at {uri} does not answer: {reason}. {remedy}")
+
+    def again(self) -> MirrorUnavailableError:
+        """Return a copy to raise in another thread: each keeps a traceback of its own."""
+        copy = MirrorUnavailableError(self.name, self.uri, self.cause, refused=self.refused)
+        copy.args = self.args
+        return copy
 
 
 class TrainingInterrupted(SystemExit):

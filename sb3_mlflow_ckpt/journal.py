@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sb3_mlflow_ckpt import atomic, strict_json
+from sb3_mlflow_ckpt import atomic, json_lines, strict_json
 from sb3_mlflow_ckpt.dead_writers import sweep
 from sb3_mlflow_ckpt.errors import (
     CheckpointCorruptError,
@@ -96,7 +96,7 @@ class RunJournal:
         self._closed = False
         self._listeners: list[Callable[[], None]] = []
         self.ledger = CheckpointLedger()
-        events, _ = atomic.read_lines(folder.events)
+        events, _ = json_lines.read_lines(folder.events)
         for event in events:
             self.ledger.apply(event)
         # Lines that the disk refused; they go before the next one.
@@ -166,7 +166,7 @@ class RunJournal:
         with self._lock:
             self.make_sure()
             stamp = {"time": self.stamp(point["time"])} if "time" in point else {}
-            atomic.append_line(self.folder.metrics, {**point, **stamp}, durable=False)
+            json_lines.append_line(self.folder.metrics, {**point, **stamp}, durable=False)
         self._notify()
 
     def add_saved(self, metadata: CheckpointMetadata) -> None:
@@ -234,7 +234,7 @@ class RunJournal:
         try:
             self.make_sure()
             while self._refused:
-                atomic.append_line(self.folder.events, self._refused[0])
+                json_lines.append_line(self.folder.events, self._refused[0])
                 del self._refused[0]
         except RunTakenOverError:
             raise
@@ -291,7 +291,7 @@ class RunJournal:
 def _last_points(path: Path) -> list[tuple[int, Any]]:
     """Return timesteps and time of the last points that earlier attempts left."""
     start = max(0, path.stat().st_size - _TAIL_BYTES) if path.exists() else 0
-    points, _ = atomic.read_lines(path, start)
+    points, _ = json_lines.read_lines(path, start)
     return [
         (point["num_timesteps"], point.get("time")) for point in points if isinstance(point.get("num_timesteps"), int)
     ]

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from sb3_mlflow_ckpt.redaction import redact, redact_argument
+from sb3_mlflow_ckpt.redaction import redact, redact_arguments
 
 _MODULES = ("sb3_mlflow_ckpt.__main__", "sb3_mlflow_ckpt.trainer")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -31,7 +31,7 @@ def conceal() -> None:
         return
     sys.excepthook = _print_redacted
     given = sys.argv[1:]
-    words = [redact_argument(word) for word in given]
+    words = redact_arguments(given)
     own = len(sys.orig_argv) - len(given)
     hidden = {index: word for index, word in enumerate(given) if word != words[index]}
     # On Windows another process would take this one's place, with another id.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from sb3_mlflow_ckpt.errors import CheckpointError
@@ -139,6 +140,18 @@ class CheckpointLedger:
         return set(self.saved) - set(self.uris) - self.pruned - self.retired
 
 
+def _facts_on_disk(folder: RunFolder, episode: int) -> dict[str, Any]:
+    # The zip as well: where a crash came while it was written anew, it says which of two contents it has.
+    found = (path.stat() for path in (folder.metadata(episode), folder.model(episode)))
+    return _facts_in(folder, episode, tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in found))
+
+
+# A folder may hold thousands of checkpoints, and a page of it is asked for again and again.
+@lru_cache(maxsize=1 << 14)
+def _facts_in(folder: RunFolder, episode: int, stamps: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
+    return saved_facts(read_metadata(folder.model(episode)))
+
+
 def corrections(folder: RunFolder, ledger: CheckpointLedger) -> list[dict[str, Any]]:
     """Return the lines that a ledger lacks to agree with its folder.
 
@@ -149,7 +162,7 @@ def corrections(folder: RunFolder, ledger: CheckpointLedger) -> list[dict[str, A
     newest = max((str(facts.get("timestamp")) for facts in ledger.saved.values()), default="")
     for episode in on_disk:
         try:
-            facts = saved_facts(read_metadata(folder.model(episode)))
+            facts = _facts_on_disk(folder, episode)
         except (OSError, CheckpointError) as error:
             logger.warning("A checkpoint is passed over: %s", error)
             continue

@@ -22,7 +22,7 @@ from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.leases import Lease, sweep_leases
 from sb3_mlflow_ckpt.ledger import committed_episodes
-from sb3_mlflow_ckpt.metadata import CheckpointMetadata, timestamp_now
+from sb3_mlflow_ckpt.metadata import CheckpointMetadata, timestamp, timestamp_now
 from sb3_mlflow_ckpt.ownership import TIDYING_SECONDS
 from sb3_mlflow_ckpt.pins import pinned_episodes, sweep_pins
 from sb3_mlflow_ckpt.policies import MirrorBacklog, Retention
@@ -97,7 +97,7 @@ class LiveRun:
         self._points: deque[Mapping[str, Any]] = deque(maxlen=_MOST_UNWRITTEN_POINTS)
         self._mirrored = any(mirror.stores_checkpoints for mirror in mirrors)
         self._progress: dict[str, Any] = dict(record["progress"])
-        self._last_step_at: str | None = None
+        self._last_step: float | None = None
         self._journal = _start(folder, {**record, "mirrors": [mirror.name for mirror in mirrors]}, fresh=fresh)
         self._chunks = self._swept(folder)
         self._lease = lease
@@ -143,7 +143,14 @@ class LiveRun:
     def report(self, **progress: Any) -> None:
         """Note how far training is; the next heartbeat records it."""
         self._progress.update(progress)
-        self._last_step_at = timestamp_now()
+        rewards = [self._progress.get(key) for key in ("best_mean_reward", "mean_reward")]
+        self._progress["best_mean_reward"] = max((reward for reward in rewards if reward is not None), default=None)
+
+    def stepped(self, num_timesteps: int, episode: int) -> None:
+        """Note that the environments were stepped: at every step, so it does nothing else."""
+        self._last_step = time.time()
+        self._progress["num_timesteps"] = num_timesteps
+        self._progress["episode"] = episode
 
     def note_resume(self, report: Mapping[str, Any]) -> None:
         """Record whether the run goes on exactly from its parent; a disk that refuses it does not stop training."""
@@ -329,7 +336,7 @@ class LiveRun:
         return {
             "heartbeat_at": timestamp_now(),
             "progress": dict(self._progress),
-            "last_step_at": self._last_step_at,
+            "last_step_at": None if self._last_step is None else timestamp(self._last_step),
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import datetime, timezone
 from typing import Any
 
@@ -16,7 +17,12 @@ FORMAT_VERSION = 1
 
 def timestamp_now() -> str:
     """Return the present as RFC 3339 in UTC with milliseconds: such strings sort by time."""
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return timestamp(time.time())
+
+
+def timestamp(seconds: float) -> str:
+    """Return an instant, in seconds since 1970, in that form."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class FileEntry(BaseModel):

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from sb3_mlflow_ckpt.redaction import redact, redact_argument
+from sb3_mlflow_ckpt.redaction import redact, redact_arguments
 
 _PACKAGES = ("stable-baselines3", "sb3-contrib", "torch", "gymnasium", "numpy", "mlflow", "sb3-mlflow-ckpt")
 
@@ -50,7 +50,7 @@ def environment() -> dict[str, Any]:
     return {
         "host": hostname(),
         "pid": os.getpid(),
-        "command": redact(shlex.join([sys.executable, *map(redact_argument, sys.orig_argv[1:])])),
+        "command": redact(shlex.join([sys.executable, *redact_arguments(sys.orig_argv[1:])])),
         "git": git_state(),
         "versions": versions(),
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sb3_mlflow_ckpt import atomic
+from sb3_mlflow_ckpt import json_lines
 from sb3_mlflow_ckpt.commit import remove_checkpoint
 from sb3_mlflow_ckpt.dead_writers import sweep
 from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointNotFoundError
@@ -142,7 +142,7 @@ def _evicted(folder: RunFolder, episode: int) -> tuple[str, ...] | None:
     except OSError as error:
         return (f"it cannot be removed: {error}",)
     if held is None and folder.events.exists():
-        atomic.append_line(folder.events, {"event": "pruned", "episode": episode, "time": timestamp_now()})
+        json_lines.append_line(folder.events, {"event": "pruned", "episode": episode, "time": timestamp_now()})
     return (held,) if held else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sb3_mlflow_ckpt import atomic
+from sb3_mlflow_ckpt import json_lines
 from sb3_mlflow_ckpt.errors import CheckpointError
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.ledger import CheckpointLedger, committed_episodes
@@ -27,7 +27,7 @@ def rebuilt_record(folder: RunFolder, ledger: CheckpointLedger, *, damaged: bool
     newest = _newest(folder)
     if newest is None or not (damaged or folder.metrics.exists() or folder.events.exists()):
         return None
-    points = atomic.read_lines(folder.metrics)[0]
+    points = json_lines.read_lines(folder.metrics)[0]
     last: dict[str, Any] = points[-1] if points else {}
     times = [newest.timestamp, *(time for time in [last.get("time")] if isinstance(time, str))]
     record = new_record(

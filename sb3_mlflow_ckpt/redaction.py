@@ -6,7 +6,7 @@ What nobody can know to be a secret (a password under an ordinary name) is not f
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 HIDDEN = "***"
@@ -59,6 +59,15 @@ def redact_argument(word: str) -> str:
     if match and is_secret_name(match["name"]):
         return f"{match['name']}={HIDDEN}"
     return redact(word)
+
+
+def redact_arguments(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line without credentials: `--token abc` has one in a word of its own."""
+    before = ["", *words]
+    return [
+        HIDDEN if flag.startswith("--") and is_secret_name(flag) and not word.startswith("-") else redact_argument(word)
+        for flag, word in zip(before, words, strict=False)
+    ]
 
 
 def redact_all(value: Any) -> Any:

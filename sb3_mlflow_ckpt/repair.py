@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sb3_mlflow_ckpt import atomic
+from sb3_mlflow_ckpt import atomic, json_lines
 from sb3_mlflow_ckpt.dead_writers import discard_temporary, temporaries
 from sb3_mlflow_ckpt.errors import CheckpointError, ForeignCheckpointError, MirrorUnavailableError
 from sb3_mlflow_ckpt.journal import read_record
@@ -95,7 +95,7 @@ class _Repairer:
         yield from self._temporaries()
         yield from self._torn_lines()
         self._ledger = CheckpointLedger()
-        for event in atomic.read_lines(self._folder.events)[0]:
+        for event in json_lines.read_lines(self._folder.events)[0]:
             self._ledger.apply(event)
         for episode in self._episodes():
             yield from self._checkpoint(episode)
@@ -117,8 +117,8 @@ class _Repairer:
 
     def _torn_lines(self) -> Iterator[Repair]:
         for path in (self._folder.metrics, self._folder.events):
-            if atomic.is_torn(path):
-                yield self._do(f"the last line of {path.name} is torn", "closed", partial(atomic.close_line, path))
+            if json_lines.is_torn(path):
+                yield self._do(f"the last line of {path.name} is torn", "closed", partial(json_lines.close_line, path))
 
     def _episodes(self) -> list[int]:
         names = os.listdir(self._folder.path)
@@ -300,7 +300,7 @@ class _Repairer:
 
     def _note(self, defect: str, event: dict[str, object]) -> Repair:
         def write() -> None:
-            atomic.append_line(self._folder.events, event)
+            json_lines.append_line(self._folder.events, event)
             self._ledger.apply(event)
 
         return self._do(defect, "noted", write)

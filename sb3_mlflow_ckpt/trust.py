@@ -17,8 +17,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sb3_mlflow_ckpt.algorithms import SHORT_NAMES
 from sb3_mlflow_ckpt.errors import UntrustedCheckpointError
+from sb3_mlflow_ckpt.short_names import SHORT_NAMES
 
 KNOWN_PACKAGES = (
     "stable_baselines3",

@@ -18,7 +18,8 @@ from servers import MongoServer
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.mirrors.naming import LATEST_TAG
 from sb3_mlflow_ckpt.runs.folder import FolderRuns
-from sb3_mlflow_ckpt.runs.mongo import CHECKPOINTS, METRICS, RUNS, MongoRuns, connect
+from sb3_mlflow_ckpt.runs.mongo import MongoRuns
+from sb3_mlflow_ckpt.runs.mongo_database import CHECKPOINTS, METRICS, RUNS, connect
 
 DATABASE = "outages"
 # Episodes of five steps, a checkpoint every fifty.

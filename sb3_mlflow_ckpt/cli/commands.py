@@ -13,7 +13,13 @@ from typing import IO, Any
 
 import click
 
-from sb3_mlflow_ckpt.errors import CheckpointError, ConfigError, InvalidIdError, MirrorUnavailableError
+from sb3_mlflow_ckpt.errors import (
+    CheckpointError,
+    ConfigError,
+    InvalidIdError,
+    InvalidQueryError,
+    MirrorUnavailableError,
+)
 from sb3_mlflow_ckpt.launch import arguments
 from sb3_mlflow_ckpt.printable import printable, printable_json
 
@@ -51,7 +57,7 @@ def one_line_errors() -> Iterator[None]:
         if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
             raise  # Its message is the help, in many lines.
         raise OneLineUsageError(f"Error: {_usage_line(error)}") from error
-    except ConfigError as error:
+    except (ConfigError, InvalidQueryError) as error:
         raise OneLineUsageError(f"Error: {error}") from error
     except MirrorUnavailableError as error:
         raise OneLineError(f"Error: {error}") from error

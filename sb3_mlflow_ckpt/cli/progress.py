@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +15,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
 
 from sb3_mlflow_ckpt.callback import EpisodeCheckpointCallback
-from sb3_mlflow_ckpt.config import ENVIRONMENT_PREFIX, TrainingConfig, hidden_settings, inheritable_fields
+from sb3_mlflow_ckpt.config import TrainingConfig
 from sb3_mlflow_ckpt.printable import printable
-from sb3_mlflow_ckpt.redaction import hidden_in
+from sb3_mlflow_ckpt.resume_commands import given_again, resume_command
 from sb3_mlflow_ckpt.trainer import ResolvedTraining, TrainingResult
-from sb3_mlflow_ckpt.trust import Refusal, not_taken_over, refusals
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_FRAMES = 0.25
-# What a resume command repeats, because a launch does not inherit it from the checkpoint.
-_REPEATED = ("checkpoint_dir", "experiment_name", "mongo_db")
 
 
 class TerminalReporter:
@@ -79,8 +74,7 @@ class TerminalReporter:
         if result.mlflow_run_id is not None:
             self._print(f"MLflow run:  {result.mlflow_run_id}")
         if result.checkpoint is not None:
-            total = 2 * config.total_timesteps if result.num_timesteps >= config.total_timesteps else None
-            self._print_resume(config, resume_command(config, result.checkpoint, total))
+            self._print_resume(config, result.checkpoint, result.num_timesteps)
 
     def interrupted(self, config: TrainingConfig, checkpoint: Path | None) -> None:
         """Print how to go on after a signal."""
@@ -88,57 +82,18 @@ class TerminalReporter:
             self._print("Interrupted; no checkpoint was saved")
         else:
             self._print("Interrupted; the state was saved")
-            self._print_resume(config, resume_command(config, checkpoint))
+            self._print_resume(config, checkpoint)
 
-    def _print_resume(self, config: TrainingConfig, command: str) -> None:
-        self._print(f"Resume with: {command}")
-        shown = config.to_json()
-        for key in ("tracking_uri", "mongo_uri"):
-            if shown[key] != getattr(config, key):
-                self._print(f"  {key} holds a password: give it again, as {ENVIRONMENT_PREFIX}{key.upper()}")
-        for name in hidden_settings({key: shown[key] for key in inheritable_fields()}):
-            self._print(f"  {name} looks like a credential and is not recorded: give it again")
+    def _print_resume(self, config: TrainingConfig, checkpoint: Path, num_timesteps: int | None = None) -> None:
+        record = {"config": config.to_json()}
+        item = {"path": str(checkpoint), "on_disk": True, "num_timesteps": num_timesteps}
+        self._print(f"Resume with: {resume_command(record, item, program='trainer', source='path')}")
+        for line in given_again(record):
+            self._print(f"  {line}")
 
     def _print(self, text: str) -> None:
         # A command must be copyable: no wrapping, no markup, no highlighting.
         self._console.print(printable(text), soft_wrap=True, markup=False, highlight=False)
-
-
-def resume_command(config: TrainingConfig, checkpoint: Path, total_timesteps: int | None = None) -> str:
-    """Return the shell command that resumes a checkpoint of a run, without credentials.
-
-    Args:
-        config: The run's configuration.
-        checkpoint: The zip.
-        total_timesteps: A new target, or None to keep the checkpoint's.
-    """
-    words = ["python", "-m", "sb3_mlflow_ckpt.trainer", "--resume-from-checkpoint", str(checkpoint.absolute())]
-    if total_timesteps is not None:
-        words += ["--total-timesteps", str(total_timesteps)]
-    for key in _REPEATED:
-        if getattr(config, key) != TrainingConfig.model_fields[key].default:
-            words += [f"--{key.replace('_', '-')}", str(getattr(config, key))]
-    shown = config.to_json()
-    words += _not_inherited(shown)
-    for key in ("tracking_uri", "mongo_uri"):
-        # An address with a password is left to the environment variable that it can come from.
-        if shown[key] and shown[key] == getattr(config, key):
-            words += [f"--{key.replace('_', '-')}", shown[key]]
-    return shlex.join(words if config.mlflow else [*words, "--mlflow", "false"])
-
-
-def _not_inherited(config: Mapping[str, Any]) -> list[str]:
-    """Return the flags of what a resume in a new process would not take from the checkpoint by itself."""
-    inherited = {key: config[key] for key in inheritable_fields() if config.get(key) is not None}
-    # What holds `***` is told beside the command: given as it is, it would be taken at its word.
-    given = {refusal.setting: refusal.words for refusal in refusals(inherited) if not hidden_in(refusal.value)}
-    hyperparameters = config.get("hyperparameters") or {}
-    kept = not_taken_over(config).get("hyperparameters") or {}
-    lost = {f"hyperparameters.{key}": value for key, value in hyperparameters.items() if key not in kept}
-    given |= {
-        key: Refusal(key, value, "").words for key, value in lost.items() if value is not None and not hidden_in(value)
-    }
-    return [word for words in given.values() for word in words]
 
 
 def configure_logging(console: Console) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,57 +23,158 @@ from sb3_mlflow_ckpt.cli.options import (
     tracking_uri_option,
     with_options,
 )
-from sb3_mlflow_ckpt.errors import MirrorUnavailableError
+from sb3_mlflow_ckpt.errors import MirrorUnavailableError, RunNotFoundError
 from sb3_mlflow_ckpt.printable import printable
 
 if TYPE_CHECKING:
-    from sb3_mlflow_ckpt.runs.reader import RunReader
+    from sb3_mlflow_ckpt.runs.reader import Document, RunReader
+    from sb3_mlflow_ckpt.runs.summaries import RunQuery
+
+
+# As `runs.document.STATUSES` and `runs.summaries.SORTS` have them; a test holds them to it.
+_STATUSES = ("running", "stalled", "lost", "completed", "failed", "interrupted")
+_SORTS = (
+    *("started_at", "ended_at", "name", "agent_id", "algo", "env_id", "status"),
+    *("num_timesteps", "episode", "mean_reward", "best_mean_reward"),
+)
+_RUNS_OF_A_SCREEN = 50
+_MOST_COMPARED = 8
+_SHORTEST_BEGINNING = 4
+_store_options = (checkpoint_dir_option, mongo_uri_option, mongo_db_option)
 
 
 @click.group("runs", cls=Group)
 def runs_group() -> None:
-    """List, show and settle training runs."""
+    """List, show, compare, open and settle training runs.
+
+    A run is named by its id, or by as much of its beginning, four characters or more, as no other run shares.
+    """
 
 
 @runs_group.command("list")
-@click.option(
-    "--status",
-    type=click.Choice(["running", "completed", "failed", "interrupted", "lost"]),
-    help="Only runs of this status; lost is one whose heartbeat is stale",
+@with_options(
+    click.option("--status", type=click.Choice(_STATUSES), multiple=True, help="Only this status; may be repeated"),
+    click.option("--algo", metavar="TEXT", help="Only this algorithm"),
+    click.option("--env", "env_id", metavar="TEXT", help="Only this environment"),
+    agent_id_option,
+    click.option(
+        "--search", "text", default="", metavar="WORDS", help="Words that occur in name, id, agent, host, ..."
+    ),
+    click.option(
+        "--sort",
+        default="-started_at",
+        show_default=True,
+        metavar="FIELD",
+        help=f"One of {', '.join(_SORTS)}; with - before it the greatest first",
+    ),
+    click.option(
+        "--limit",
+        type=click.IntRange(min=1),
+        metavar="INTEGER",
+        help=f"At most this many; by default {_RUNS_OF_A_SCREEN} in a terminal, all in a pipe or as JSON",
+    ),
+    *_store_options,
+    json_option,
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="INTEGER", help="At most this many")
-@with_options(checkpoint_dir_option, agent_id_option, mongo_uri_option, mongo_db_option, json_option)
 def runs_list_command(
-    status: str | None,
+    status: tuple[str, ...],
+    algo: str | None,
+    env_id: str | None,
+    agent_id: str | None,
+    text: str,
+    sort: str,
     limit: int | None,
     checkpoint_dir: str,
-    agent_id: str | None,
     mongo_uri: str | None,
     mongo_db: str,
     as_json: bool,
 ) -> None:
-    """Print the runs, the newest first."""
-    runs = _reader(checkpoint_dir, mongo_uri, mongo_db).list(agent_id=agent_id, status=status, limit=limit)
+    """Print the runs, the newest first. `stalled` lives and takes no steps; the heartbeat of `lost` is stale."""
+    from sb3_mlflow_ckpt.runs.summaries import RunQuery
+
+    query = RunQuery(status=status, algo=algo, env_id=env_id, agent_id=agent_id, text=text, sort=sort)
+    reader = _reader(checkpoint_dir, mongo_uri, mongo_db)
+    summaries = reader.summaries()
+    if limit is None and not as_json and sys.stdout.isatty():
+        limit = _RUNS_OF_A_SCREEN
+    runs, total = _select(summaries, query, limit)
+    glances = reader.glances([run["run_id"] for run in runs])
     if as_json:
-        print_json(runs)
+        from sb3_mlflow_ckpt.web.documents import listed_run
+
+        print_json([listed_run(run, glances) for run in runs])
         return
     from sb3_mlflow_ckpt.cli.tables import print_runs
 
-    print_runs(runs)
+    print_runs(runs, glances, total=total, ids=[run["run_id"] for run in summaries])
 
 
 @runs_group.command("show")
-@click.argument("run_id")
-@with_options(checkpoint_dir_option, mongo_uri_option, mongo_db_option, json_option)
+@click.argument("run_id", metavar="RUN")
+@with_options(*_store_options, json_option)
 def runs_show_command(run_id: str, checkpoint_dir: str, mongo_uri: str | None, mongo_db: str, as_json: bool) -> None:
-    """Print one run with its checkpoints."""
-    run = _reader(checkpoint_dir, mongo_uri, mongo_db).get(run_id)
+    """Print one run: its facts, what it changed of its parent, its kin, its checkpoints, how to resume it."""
+    reader = _reader(checkpoint_dir, mongo_uri, mongo_db)
+    run_id = _whole_id(reader, run_id)
+    run = reader.get(run_id)
     if as_json:
-        print_json(run)
-        return
-    from sb3_mlflow_ckpt.cli.tables import print_run
+        from sb3_mlflow_ckpt.web.documents import run_document
+        from sb3_mlflow_ckpt.web.settings import WebSettings
 
-    print_run(run)
+        print_json(run_document(run, WebSettings(Path(checkpoint_dir))))
+        return
+    from sb3_mlflow_ckpt.cli.run_report import print_run
+    from sb3_mlflow_ckpt.runs.lineage import lineage
+    from sb3_mlflow_ckpt.runs.reader import Glance
+
+    line = None
+    with suppress(RunNotFoundError):  # Its record was removed just now.
+        line = lineage(reader.summaries(), run_id)
+    print_run(run, reader.glances([run_id]).get(run_id, Glance()), line)
+
+
+@runs_group.command("compare")
+@click.argument("run_ids", metavar="RUN RUN [RUN]...", nargs=-1)
+@with_options(*_store_options, json_option)
+def runs_compare_command(
+    run_ids: tuple[str, ...], checkpoint_dir: str, mongo_uri: str | None, mongo_db: str, as_json: bool
+) -> None:
+    """Print two to eight runs side by side: facts, curves on one scale, and the settings in which they differ."""
+    reader = _reader(checkpoint_dir, mongo_uri, mongo_db)
+    chosen = list(dict.fromkeys(_whole_id(reader, run_id) for run_id in run_ids))
+    if not 2 <= len(chosen) <= _MOST_COMPARED:
+        raise click.UsageError(f"Two to {_MOST_COMPARED} different runs are compared; {len(chosen)} are named")
+    runs = [reader.record(run_id) for run_id in chosen]
+    if as_json:
+        from sb3_mlflow_ckpt.web.documents import comparison_document
+
+        print_json(comparison_document(runs))
+        return
+    from sb3_mlflow_ckpt.cli.tables import print_comparison
+
+    print_comparison(runs, reader.glances(chosen))
+
+
+@runs_group.command("open")
+@click.argument("run_id", metavar="RUN")
+@click.option(
+    "--url", default="http://localhost:5173", show_default=True, metavar="URL", help="Where `serve` shows the pages"
+)
+@with_options(*_store_options)
+def runs_open_command(run_id: str, url: str, checkpoint_dir: str, mongo_uri: str | None, mongo_db: str) -> None:
+    """Open a run's page, which `sb3-mlflow-ckpt serve` serves, in the browser, and print its address.
+
+    A whole UUID is taken as it is, for a server that shows other runs than those of this machine.
+    """
+    from urllib.parse import quote, urlsplit
+
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+        raise click.UsageError(f"--url: {url!r} is not an address such as http://localhost:5173")
+    if not _is_uuid(run_id):
+        run_id = _whole_id(_reader(checkpoint_dir, mongo_uri, mongo_db), run_id)
+    address = f"{url.rstrip('/')}/training/{quote(run_id, safe='')}"
+    click.echo(printable(address))
+    click.launch(address)
 
 
 @runs_group.command("reap")
@@ -145,3 +250,50 @@ def _reader(checkpoint_dir: str, mongo_uri: str | None, mongo_db: str) -> RunRea
     from sb3_mlflow_ckpt.runs.folder import FolderRuns
 
     return FolderRuns(checkpoint_dir)
+
+
+def _select(summaries: Sequence[Document], query: RunQuery, limit: int | None) -> tuple[list[Any], int]:
+    """Return the runs that a query asks for, at most `limit`, and how many it admits."""
+    from sb3_mlflow_ckpt.runs.summaries import LARGEST_PAGE, select
+
+    found: list[Any] = []
+    cursor: str | None = None
+    while True:
+        page = select(summaries, query, min(LARGEST_PAGE, (limit or LARGEST_PAGE + len(found)) - len(found)), cursor)
+        found += page.items
+        cursor = page.next_cursor
+        if cursor is None or len(found) == limit:
+            return found, page.total
+
+
+def _whole_id(reader: RunReader, run_id: str) -> str:
+    """Return the id of the run that is meant by an id or by its beginning.
+
+    Raises:
+        RunNotFoundError: There is none.
+        click.UsageError: It is the beginning of several.
+    """
+    try:
+        return str(reader.record(run_id)["run_id"])
+    except RunNotFoundError:
+        begin = run_id.replace("-", "").lower()
+        if len(begin) < _SHORTEST_BEGINNING:
+            raise
+        found = [run for run in reader.summaries() if _begins(run["run_id"], run_id, begin)]
+        if not found:
+            raise
+    if len(found) > 1:
+        told = [f"{run['run_id']} ({run.get('name') or run.get('algo')}, {run['status']})" for run in found]
+        more = f" and {len(told) - 10} more" if len(told) > 10 else ""
+        raise click.UsageError(f"{run_id!r} is the beginning of {len(told)} runs: {', '.join(told[:10])}{more}")
+    return str(found[0]["run_id"])
+
+
+def _begins(run_id: str, as_given: str, as_hex: str) -> bool:
+    return run_id.startswith(as_given) or (_is_uuid(run_id) and run_id.replace("-", "").startswith(as_hex))
+
+
+def _is_uuid(text: str) -> bool:
+    from sb3_mlflow_ckpt.layout import id_spellings
+
+    return len(id_spellings(text)) > 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from sb3_mlflow_ckpt import atomic
+from sb3_mlflow_ckpt import atomic, json_lines
 from sb3_mlflow_ckpt.errors import CheckpointError
 from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.layout import ARTIFACT_FOLDER, REPLAY_FOLDER
@@ -111,7 +111,7 @@ class Inspection:
 
 def missing_metrics(client: MlflowClient, run_id: str, journal: RunJournal) -> list[Metric]:
     """Return the values of the learning curve that a run in MLflow lacks, in their order."""
-    expected = [m for point in atomic.read_lines(journal.folder.metrics)[0] for m in naming.metrics(point)]
+    expected = [m for point in json_lines.read_lines(journal.folder.metrics)[0] for m in naming.metrics(point)]
     present = {
         (key, metric.step, metric.timestamp, metric.value)
         for key in {metric.key for metric in expected}

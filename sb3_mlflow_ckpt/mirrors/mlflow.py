@@ -10,8 +10,8 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sb3_mlflow_ckpt.atomic import read_lines
 from sb3_mlflow_ckpt.journal import RunJournal
+from sb3_mlflow_ckpt.json_lines import read_lines
 from sb3_mlflow_ckpt.layout import ARTIFACT_FOLDER
 from sb3_mlflow_ckpt.mirrors import naming
 from sb3_mlflow_ckpt.mirrors.inspection import Inspection, missing_metrics

@@ -13,15 +13,17 @@ from itertools import islice
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
-from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.mirrors.stored_run import BATCH, StoredRun, SupersededError
 from sb3_mlflow_ckpt.pins import pinned_episodes
+from sb3_mlflow_ckpt.runs.curve import PlacedPoint, read_points
 from sb3_mlflow_ckpt.runs.document import redact
-from sb3_mlflow_ckpt.runs.folder import curve_points, entry
-from sb3_mlflow_ckpt.runs.mongo import (
+from sb3_mlflow_ckpt.runs.folder import entry
+from sb3_mlflow_ckpt.runs.mongo_database import (
     CHECKPOINTS,
     DEFAULT_DATABASE,
+    END,
+    LEVEL,
     METRICS,
     LazyDatabase,
     answering,
@@ -115,12 +117,14 @@ class MongoMirror:
             run = StoredRun(self._lazy.get(), record["run_id"], int(record.get("attempt", 0)))
             try:
                 self._send_record(run, _plain(record), sent)
-                self._send_checkpoints(run, journal, sent)
-                self._send_curve(run, journal, sent)
+                changed = self._send_checkpoints(run, journal, sent)
+                curve_end = self._send_curve(run, journal, sent)
                 if not sent.settled:
                     # All that this attempt knows bears its number now.
                     run.remove_older()
-                    sent.settled = True
+                    sent.settled = changed = True
+                if changed or curve_end is not None:
+                    run.stamp(curve_end)
             except SupersededError:
                 self._warn_of_successor(record, sent)
 
@@ -152,11 +156,13 @@ class MongoMirror:
             elif changed := sorted({key for keys in _difference(sent.record, _plain(record)).values() for key in keys}):
                 lines.append(f"the record had another {', '.join(changed)}: it is sent")
             ledger, pinned = journal.snapshot(), pinned_episodes(journal.folder)
-            entries = [entry(journal.folder, ledger, episode, pinned) for episode in ledger.saved]
-            points = [*curve_points(atomic.read_lines(journal.folder.metrics)[0]).values()]
+            entries = [encode(entry(journal.folder, ledger, episode, pinned)) for episode in ledger.saved]
+            points = [_stored_point(placed) for placed in read_points(journal.folder.metrics)[0]]
             self._send_record(run, _plain(record), sent)
             lines += run.make_same(CHECKPOINTS, entries, ("episode",), "checkpoints")
             lines += run.make_same(METRICS, points, ("time", "num_timesteps"), "learning curve")
+            if lines:
+                run.stamp(points[-1] if points else None)
         return lines
 
     def tell_end(self, record: Mapping[str, Any]) -> None:
@@ -191,31 +197,41 @@ class MongoMirror:
             )
         sent.warned = True
 
-    def _send_checkpoints(self, run: StoredRun, journal: RunJournal, sent: _Sent) -> None:
+    def _send_checkpoints(self, run: StoredRun, journal: RunJournal, sent: _Sent) -> bool:
         ledger, pinned = journal.snapshot(), pinned_episodes(journal.folder)
         facts: dict[int, _Facts] = {
             episode: (saved, ledger.uris.get(episode), episode in ledger.pruned, episode in pinned)
             for episode, saved in ledger.saved.items()
         }
-        changed = iter([episode for episode, fact in facts.items() if sent.checkpoints.get(episode) != fact])
-        while batch := [*islice(changed, BATCH)]:
-            entries = [entry(journal.folder, ledger, episode, pinned) for episode in batch]
+        changed = [episode for episode, fact in facts.items() if sent.checkpoints.get(episode) != fact]
+        rest = iter(changed)
+        while batch := [*islice(rest, BATCH)]:
+            entries = [encode(entry(journal.folder, ledger, episode, pinned)) for episode in batch]
             run.upsert(CHECKPOINTS, entries, ("episode",))
             sent.checkpoints.update({episode: facts[episode] for episode in batch})
+        return bool(changed)
 
-    def _send_curve(self, run: StoredRun, journal: RunJournal, sent: _Sent) -> None:
+    def _send_curve(self, run: StoredRun, journal: RunJournal, sent: _Sent) -> dict[str, Any] | None:
+        """Send the points that are missing; return the last of them."""
+        last = None
         while sent.waiting or self._read_points(journal, sent):
             run.upsert(METRICS, sent.waiting[:BATCH], ("time", "num_timesteps"))
+            last = sent.waiting[:BATCH][-1]
             del sent.waiting[:BATCH]
+        return last
 
     def _read_points(self, journal: RunJournal, sent: _Sent) -> bool:
         """Read a slice of the curve: how long an outage was must not show in the memory that its end takes."""
         while not sent.waiting:
-            rows, offset = atomic.read_lines(journal.folder.metrics, sent.offset, _BYTES_PER_SLICE)
+            points, offset = read_points(journal.folder.metrics, sent.offset, _BYTES_PER_SLICE)
             if offset == sent.offset:
                 return False
-            sent.waiting, sent.offset = list(curve_points(rows).values()), offset
+            sent.waiting, sent.offset = [_stored_point(placed) for placed in points], offset
         return True
+
+
+def _stored_point(placed: PlacedPoint) -> dict[str, Any]:
+    return {**encode(placed.point), LEVEL: placed.level, END: placed.end}
 
 
 def _plain(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,11 +14,23 @@ from pymongo import ReplaceOne, UpdateOne
 from pymongo.errors import BulkWriteError, DuplicateKeyError
 
 from sb3_mlflow_ckpt.runs.document import SCHEMA_VERSION
-from sb3_mlflow_ckpt.runs.mongo import ATTEMPT, CHECKPOINTS, METRICS, RUNS, SEEN_AT, MongoDatabase, encode, make_indexes
+from sb3_mlflow_ckpt.runs.mongo_database import (
+    ATTEMPT,
+    CHECKPOINTS,
+    CURVE_END,
+    END,
+    METRICS,
+    RUNS,
+    SEEN_AT,
+    UPDATED_AT,
+    MongoDatabase,
+    make_indexes,
+)
 
 BATCH = 100
 """Documents in one request: few enough that it ends well within the time that an operation may take."""
 _DUPLICATE_KEY = 11000
+_END_OF_CURVE = ("time", "num_timesteps", END)
 _Write: TypeAlias = "ReplaceOne[dict[str, Any]] | UpdateOne"
 _Items: TypeAlias = Sequence[Mapping[str, Any]]
 
@@ -51,7 +63,8 @@ class StoredRun:
     def record(self) -> dict[str, Any] | None:
         """Return the record as it is stored, or None where there is none."""
         stored = self._database[RUNS].find_one({"_id": self._run_id})
-        return None if stored is None else {key: value for key, value in stored.items() if key not in ("_id", SEEN_AT)}
+        own = ("_id", SEEN_AT, UPDATED_AT, CURVE_END)
+        return None if stored is None else {key: value for key, value in stored.items() if key not in own}
 
     def change(self, update: Mapping[str, Any], *, beats: bool) -> bool:
         """Change fields of the record; return whether it is there and this attempt's.
@@ -60,8 +73,17 @@ class StoredRun:
             update: The operators.
             beats: Whether it is a sign of life, which bears the server's own time.
         """
-        whole = {**update, **_heartbeat(beats)}
-        return not whole or self._database[RUNS].update_one(self._own, whole).matched_count > 0
+        whole = {**update, "$currentDate": {UPDATED_AT: True, **({SEEN_AT: True} if beats else {})}}
+        return self._database[RUNS].update_one(self._own, whole).matched_count > 0
+
+    def stamp(self, curve_end: Mapping[str, Any] | None) -> None:
+        """Say that something was written, after it was: who sees the stamp finds what it stands for.
+
+        Args:
+            curve_end: The last point of the curve as it is stored; None where none was written.
+        """
+        told = {} if curve_end is None else {"$set": {CURVE_END: {key: curve_end[key] for key in _END_OF_CURVE}}}
+        self.change(told, beats=False)
 
     def replace(self, record: Mapping[str, Any], *, beats: bool) -> None:
         """Put the record in place of what is there.
@@ -77,10 +99,11 @@ class StoredRun:
             if self.superseded:
                 raise SupersededError from None
             raise
-        self.change({}, beats=beats)
+        if beats:
+            self.change({}, beats=True)
 
     def upsert(self, collection: str, items: _Items, key: Sequence[str]) -> None:
-        """Write documents, each known by `key` among the run's.
+        """Write encoded documents, each known by `key` among the run's.
 
         Raises:
             SupersededError: A later attempt has taken over; then nothing of this batch stays.
@@ -139,11 +162,7 @@ class StoredRun:
         return ReplaceOne({**known, ATTEMPT: self._not_later}, self._document(item), upsert=True)
 
     def _document(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        return {**encode(item), "run_id": self._run_id, "schema_version": SCHEMA_VERSION, ATTEMPT: self._attempt}
-
-
-def _heartbeat(beats: bool) -> dict[str, Any]:
-    return {"$currentDate": {SEEN_AT: True}} if beats else {}
+        return {**item, "run_id": self._run_id, "schema_version": SCHEMA_VERSION, ATTEMPT: self._attempt}
 
 
 def _number(value: Any) -> float:

@@ -18,6 +18,8 @@ from sb3_mlflow_ckpt.redaction import redact_all as redact_all
 SCHEMA_VERSION = 1
 
 TERMINAL_STATUSES: tuple[str, ...] = ("completed", "failed", "interrupted")
+STATUSES: tuple[str, ...] = ("running", "stalled", "lost", *TERMINAL_STATUSES)
+"""What readers show; `stalled` and `lost` are derived and never stored."""
 
 # What the code relies on where it reads a record that somebody may have edited.
 _KINDS: Mapping[str, type] = {
@@ -104,6 +106,7 @@ def new_record(
                 "episode": 0,
                 "steps_per_second": None,
                 "mean_reward": None,
+                "best_mean_reward": None,
             },
             "started_at": now,
             "heartbeat_at": now,
@@ -130,10 +133,11 @@ def wrong_field(record: Mapping[str, Any]) -> str | None:
 
 
 def derived_status(record: Mapping[str, Any], now: datetime | None = None, seen: datetime | None = None) -> str:
-    """Return a record's status as a reader shows it: `lost` where a running run's heartbeat is stale.
+    """Return a record's status as a reader shows it.
 
-    Stale is older than max(120 s, 8 heartbeats); a late heartbeat makes the run running again, so `lost` is
-    never written.
+    A running run is `lost` where its heartbeat is stale, and `stalled` where its process lives but its last
+    environment step is stale by the clock of that process. Stale is older than max(120 s, 8 heartbeats). A late
+    heartbeat or step makes the run running again, so neither is ever written.
 
     Args:
         record: The record.
@@ -147,7 +151,12 @@ def derived_status(record: Mapping[str, Any], now: datetime | None = None, seen:
     try:
         heartbeat = seen or heartbeat_time(record)
         age = ((now or datetime.now(timezone.utc)) - heartbeat).total_seconds()
-        return "lost" if age > _stale_after(record) else status
+        if age > _stale_after(record):
+            return "lost"
+        if record.get("last_step_at") is None:
+            return status
+        idle = (heartbeat_time(record) - _time(record["last_step_at"])).total_seconds()
+        return "stalled" if idle > _stale_after(record) else status
     except (ValueError, TypeError):
         return status  # Somebody edited the record: what it says of its heart cannot be judged.
 
@@ -173,7 +182,11 @@ def last_sign_of_life(record: Mapping[str, Any], written: datetime, now: datetim
 
 def heartbeat_time(record: Mapping[str, Any]) -> datetime:
     """Return `heartbeat_at`; raises ValueError or TypeError where it is no time."""
-    return datetime.fromisoformat(str(record.get("heartbeat_at")).replace("Z", "+00:00"))
+    return _time(record.get("heartbeat_at"))
+
+
+def _time(value: Any) -> datetime:
+    return datetime.fromisoformat(str(value).replace("Z", "+00:00"))
 
 
 def _stale_after(record: Mapping[str, Any]) -> float:

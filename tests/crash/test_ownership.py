@@ -16,7 +16,8 @@ from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, list_checkpoints, ver
 from sb3_mlflow_ckpt.errors import RunFolderBusyError
 from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.layout import RunFolder
-from sb3_mlflow_ckpt.runs.folder import FolderRuns, read_curve
+from sb3_mlflow_ckpt.runs.curve import read_curve
+from sb3_mlflow_ckpt.runs.folder import FolderRuns
 
 # Episodes of five steps, a checkpoint every fifty steps.
 _FLAGS = (

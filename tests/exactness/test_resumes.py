@@ -19,10 +19,10 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnvWrapper
 
 from sb3_mlflow_ckpt import CheckpointableEnv, EpisodeCheckpointCallback, load_checkpoint
-from sb3_mlflow_ckpt.atomic import read_lines
 from sb3_mlflow_ckpt.checkpoints import list_checkpoints, verify_checkpoint
 from sb3_mlflow_ckpt.config import Layer, build_config
 from sb3_mlflow_ckpt.errors import IncompatibleCheckpointError
+from sb3_mlflow_ckpt.json_lines import read_lines
 from sb3_mlflow_ckpt.runs.folder import FolderRuns
 from sb3_mlflow_ckpt.trainer import TrainingResult, train
 

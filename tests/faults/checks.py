@@ -13,7 +13,8 @@ from zygote import Report
 from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, list_checkpoints, verify_checkpoint
 from sb3_mlflow_ckpt.errors import CheckpointError
 from sb3_mlflow_ckpt.layout import TEMPORARY_PREFIX, RunFolder, model_episode
-from sb3_mlflow_ckpt.runs.folder import FolderRuns, read_curve
+from sb3_mlflow_ckpt.runs.curve import read_curve
+from sb3_mlflow_ckpt.runs.folder import FolderRuns
 
 
 def examine(report: Report, workload: Workload, before: list[dict[str, Any]]) -> None:

@@ -237,7 +237,7 @@ def _record(content: bytes) -> None:
     from sb3_mlflow_ckpt import atomic
     from sb3_mlflow_ckpt.cli import main
     from sb3_mlflow_ckpt.journal import read_record
-    from sb3_mlflow_ckpt.runs.mongo import decode, encode
+    from sb3_mlflow_ckpt.runs.mongo_database import decode, encode
 
     folder = _run_folder()
     folder.record.write_bytes(content)
@@ -257,7 +257,7 @@ def _events(content: bytes) -> None:
     from bson import BSON
 
     from sb3_mlflow_ckpt.runs.folder import entry, read_ledger
-    from sb3_mlflow_ckpt.runs.mongo import encode
+    from sb3_mlflow_ckpt.runs.mongo_database import encode
 
     folder = _run_folder()
     folder.events.write_bytes(content)
@@ -279,7 +279,7 @@ def _events(content: bytes) -> None:
 def _metrics(content: bytes) -> None:
     from sb3_mlflow_ckpt.journal import RunJournal
     from sb3_mlflow_ckpt.mirrors import naming
-    from sb3_mlflow_ckpt.runs.folder import read_curve
+    from sb3_mlflow_ckpt.runs.curve import read_curve
 
     folder = _run_folder()
     folder.metrics.write_bytes(content)
@@ -433,7 +433,7 @@ def _chunk_seeds() -> list[bytes]:
 def _uri(content: bytes) -> None:
     from sb3_mlflow_ckpt.redaction import redact, redact_argument
     from sb3_mlflow_ckpt.resume import resolve_checkpoint
-    from sb3_mlflow_ckpt.runs.mongo import connect, redacted
+    from sb3_mlflow_ckpt.runs.mongo_database import connect, redacted
 
     text = content.decode("utf-8", "surrogateescape")
     for reference in (f"runs:/{text}", f"runs:/{RUN}/{text}", f"{scratch()}/{text}"):

@@ -16,7 +16,8 @@ from processes import script, wait_for
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror
 from sb3_mlflow_ckpt.replication import Replicator
-from sb3_mlflow_ckpt.runs.mongo import METRICS, MongoRuns, connect
+from sb3_mlflow_ckpt.runs.mongo import MongoRuns
+from sb3_mlflow_ckpt.runs.mongo_database import METRICS, connect
 
 # A run in a process of its own, so that its memory is its own: 1,000 points are 17 minutes of a training.
 _RUN = """

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import wait_for
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -19,7 +20,9 @@ from toy_environments import FixedLength
 from sb3_mlflow_ckpt import EpisodeCheckpointCallback, list_checkpoints, load_checkpoint, verify_checkpoint
 from sb3_mlflow_ckpt.config import Layer, build_config
 from sb3_mlflow_ckpt.errors import CheckpointSaveError, RunFolderTakenError, TrainingInterrupted
-from sb3_mlflow_ckpt.runs.folder import FolderRuns, read_curve
+from sb3_mlflow_ckpt.journal import read_record
+from sb3_mlflow_ckpt.runs.curve import read_curve
+from sb3_mlflow_ckpt.runs.folder import FolderRuns
 from sb3_mlflow_ckpt.trainer import resolve_config, train
 
 
@@ -201,3 +204,21 @@ def test_another_optimizer_starts_without_the_checkpoints_moments(tmp_path: Path
     other = {"policy_kwargs": {"optimizer_class": "RMSprop"}}
     resume = {"resume_from_checkpoint": str(first.checkpoint), "total_timesteps": 96, "hyperparameters": other}
     assert train(build_config([Layer("test", {**settings, **resume})])).num_timesteps == 96
+
+
+def test_a_training_that_stands_still_in_its_first_second_is_known_to_have_stepped(tmp_path: Path) -> None:
+    """The curve has at most one point a second; a run that waits for its environment for ever has none."""
+    callback = EpisodeCheckpointCallback(0, checkpoint_dir=tmp_path, heartbeat_seconds=0.05)
+    seen: list[dict[str, Any]] = []
+
+    def stand(_: PPO) -> None:
+        assert callback.folder is not None
+        record = callback.folder
+        wait_for(lambda: read_record(record)["progress"]["num_timesteps"] == 2, "the heartbeat tells of the last step")
+        seen.append(read_record(record))
+
+    # Before the callback: what holds it up in the third step holds it up as an environment would.
+    _ppo().learn(16, [_At(3, stand), callback])
+    [record] = seen
+    assert record["status"] == "running"
+    assert record["last_step_at"] is not None

@@ -18,8 +18,8 @@ from servers import MongoServer, SilentServer
 from sb3_mlflow_ckpt import launch
 from sb3_mlflow_ckpt.config import Layer, build_config
 from sb3_mlflow_ckpt.errors import ConfigError
-from sb3_mlflow_ckpt.redaction import redact, redact_all, redact_argument
-from sb3_mlflow_ckpt.runs.mongo import CHECKPOINTS, METRICS, RUNS, connect
+from sb3_mlflow_ckpt.redaction import redact, redact_all, redact_argument, redact_arguments
+from sb3_mlflow_ckpt.runs.mongo_database import CHECKPOINTS, METRICS, RUNS, connect
 from sb3_mlflow_ckpt.trainer import resolve_config
 
 SECRET = "hunter2xyzzy"
@@ -217,6 +217,20 @@ def test_what_looks_like_a_credential_in_a_text_goes(text: str) -> None:
 )  # fmt: skip
 def test_an_ordinary_text_stays_as_it_is(text: str) -> None:
     assert redact(text) == redact_argument(text) == text
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["serve", "--token", "§", "--port", "0"], ["serve", "--token", "***", "--port", "0"]),
+        (["--token=§"], ["--token=***"]), (["--api-key", "§"], ["--api-key", "***"]),
+        (["--token", "--port", "0"], ["--token", "--port", "0"]), (["token", "x"], ["token", "x"]), ([], []),
+        (["--mongo-uri", "mongodb://u:§@h"], ["--mongo-uri", "mongodb://***@h"]),
+    ],
+    ids=["two words", "one word", "another flag", "no value", "no flag", "nothing", "address"],
+)  # fmt: skip
+def test_a_credential_that_is_a_word_of_its_own_goes_from_a_command_line(words: list[str], shown: list[str]) -> None:
+    assert redact_arguments([word.replace("§", SECRET) for word in words]) == shown
 
 
 def test_numbers_of_tokens_and_empty_values_stay() -> None:

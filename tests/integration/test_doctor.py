@@ -15,7 +15,7 @@ from servers import SilentServer
 
 from sb3_mlflow_ckpt import doctor
 from sb3_mlflow_ckpt.layout import metadata_path
-from sb3_mlflow_ckpt.runs.mongo import open_database
+from sb3_mlflow_ckpt.runs.mongo_database import open_database
 
 SECRET = "hunter2"
 

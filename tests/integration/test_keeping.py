@@ -206,7 +206,8 @@ def test_a_live_run_sees_the_pin_of_another_process_and_keeps_its_best_and_miles
 
 def test_a_trainer_that_resumes_holds_its_parent_until_its_own_first_checkpoint(tmp_path: Path) -> None:
     """A chunk of the replay buffer is as much in use as the zip is."""
-    model = DQN("MlpPolicy", "CartPole-v1", learning_starts=10, buffer_size=500, **TINY)
+    # Seeded: the episodes must be short enough for more than three checkpoints.
+    model = DQN("MlpPolicy", "CartPole-v1", learning_starts=10, buffer_size=500, seed=1, **TINY)
     model.learn(300, callback=EpisodeCheckpointCallback(5, 0, tmp_path / "checkpoints", agent_id="a", run_id="parent"))
     parent = RunFolder(tmp_path / "checkpoints", "a", "parent")
     paths = list_checkpoints(tmp_path / "checkpoints")

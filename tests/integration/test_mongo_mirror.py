@@ -26,9 +26,10 @@ from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.mirrors.mongo import MongoMirror
 from sb3_mlflow_ckpt.replication import Mirror, Replicator
-from sb3_mlflow_ckpt.runs import mongo
+from sb3_mlflow_ckpt.runs import mongo_database
 from sb3_mlflow_ckpt.runs.folder import FolderRuns
-from sb3_mlflow_ckpt.runs.mongo import LazyDatabase, MongoRuns, connect, open_database
+from sb3_mlflow_ckpt.runs.mongo import MongoRuns
+from sb3_mlflow_ckpt.runs.mongo_database import LazyDatabase, connect, open_database
 
 RUN = "0123456789abcdef0123456789abcdef"
 
@@ -66,7 +67,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
     def client(*args: Any, **options: Any) -> MongoClient[dict[str, Any]]:
         return MongoClient(*args, event_listeners=[listener], **options)
 
-    monkeypatch.setattr(mongo, "MongoClient", client)
+    monkeypatch.setattr(mongo_database, "MongoClient", client)
     return listener
 
 
@@ -125,7 +126,8 @@ def test_only_what_changed_is_sent(
         save(journal, episode)
         add_point(journal, 10 * episode)
     mirror.replicate(journal)
-    assert commands.take() == {"training_runs": 1, "training_checkpoints": 5, "training_metrics": 5}
+    # The record, and the stamp behind all the rest.
+    assert commands.take() == {"training_runs": 2, "training_checkpoints": 5, "training_metrics": 5}
     mirror.replicate(journal)
     assert commands.take() == {}
 
@@ -137,11 +139,11 @@ def test_only_what_changed_is_sent(
     prune(journal, 1)
     note_mirrored(journal, 2, "runs:/1/ep000002.zip")
     mirror.replicate(journal)
-    assert commands.take() == {"training_checkpoints": 3}
+    assert commands.take() == {"training_runs": 1, "training_checkpoints": 3}
 
     add_point(journal, 60)
     mirror.replicate(journal)
-    assert commands.take() == {"training_metrics": 1}
+    assert commands.take() == {"training_runs": 1, "training_metrics": 1}
     assert_same(reader, journal)
 
 
@@ -187,7 +189,7 @@ def test_a_second_mirror_sends_everything_and_doubles_nothing(
     database["training_metrics"].delete_many({})
     database.client.close()
     opened(mongo_uri, mongo_database)[0].replicate(journal)
-    assert commands.take() == {"training_runs": 1, "training_checkpoints": 3, "training_metrics": 3}
+    assert commands.take() == {"training_runs": 2, "training_checkpoints": 3, "training_metrics": 3}
     assert_same(reader, journal)
 
 

@@ -20,7 +20,8 @@ from sb3_mlflow_ckpt.journal import RunJournal, read_record
 from sb3_mlflow_ckpt.layout import RunFolder, metadata_path
 from sb3_mlflow_ckpt.live_run import LiveRun, RunOptions
 from sb3_mlflow_ckpt.repair import LEFT_ALONE, Repair, repair_runs
-from sb3_mlflow_ckpt.runs.folder import FolderRuns, read_curve
+from sb3_mlflow_ckpt.runs.curve import read_curve
+from sb3_mlflow_ckpt.runs.folder import FolderRuns
 
 TINY = {"policy_kwargs": {"net_arch": [4]}, "device": "cpu"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
@@ -13,16 +14,18 @@ from typing import Any
 
 import pytest
 from journals import add_point, commit, mirror, prune, save, start_run
+from processes import wait_for
 from pymongo import MongoClient
 
-from sb3_mlflow_ckpt.atomic import append_line
 from sb3_mlflow_ckpt.errors import CheckpointCorruptError, CheckpointNotFoundError, RunNotFoundError
 from sb3_mlflow_ckpt.journal import RunJournal
+from sb3_mlflow_ckpt.json_lines import append_line
 from sb3_mlflow_ckpt.layout import RunFolder, pin_path
 from sb3_mlflow_ckpt.mirrors.mongo import MongoMirror
 from sb3_mlflow_ckpt.pins import pin_checkpoint, unpin_checkpoint
 from sb3_mlflow_ckpt.runs.folder import FolderRuns, read_run
 from sb3_mlflow_ckpt.runs.mongo import MongoRuns
+from sb3_mlflow_ckpt.runs.mongo_database import RUNS
 from sb3_mlflow_ckpt.runs.reader import RunReader
 
 RUN = "0123456789abcdef0123456789abcdef"
@@ -359,3 +362,110 @@ def test_the_clock_of_the_file_system_is_asked_as_well(
     os.utime(journal.folder.record, (written, written))
     assert FolderRuns(tmp_path).get(RUN)["status"] == status
     assert [run["status"] for run in FolderRuns(tmp_path).list()] == [status]
+
+
+def test_every_store_returns_the_same_summaries_glances_and_parts(store: Store, tmp_path: Path) -> None:
+    store.add(eventful_run(tmp_path))
+    store.add(start_run(tmp_path, "bare", agent_id="other", error={"type": "E", "message": "m", "traceback": "t"}))
+    folder = FolderRuns(tmp_path)
+    by_id = {run["run_id"]: run for run in store.reader.summaries()}
+    assert by_id == {run["run_id"]: run for run in folder.summaries()}
+    assert by_id["bare"]["error"] == {"type": "E", "message": "m"}
+    assert (by_id[RUN]["seed"], by_id[RUN]["progress"]["num_timesteps"]) == (2**70, 30)
+    assert "config" not in by_id[RUN]
+    glances = store.reader.glances([RUN, "bare", "unknown"])
+    assert glances == folder.glances([RUN, "bare", "unknown"])
+    seen = glances[RUN]
+    assert (seen.checkpoints, seen.resumable, seen.waiting) == (5, 4, 0)
+    assert seen.latest is not None and seen.latest["episode"] == 50  # By the time in its metadata, not by its number.
+    assert [steps for steps, _ in seen.rewards] == [10, 20, 30]
+    assert store.reader.record(RUN) == {k: v for k, v in store.reader.get(RUN).items() if k != "checkpoint_paths"}
+    paths = store.reader.get(RUN)["checkpoint_paths"]
+    assert store.reader.checkpoints(RUN) == paths
+    assert store.reader.checkpoints(RUN, limit=2) == paths[-2:]
+    assert store.reader.checkpoints(RUN, before=200, limit=2) == paths[1:3]
+    assert store.reader.checkpoints(RUN, before=50) == []
+
+
+def test_summaries_and_glances_follow_what_changes(store: Store, tmp_path: Path) -> None:
+    journal = start_run(tmp_path, RUN, mirrors=["MLflow"])
+    save(journal, 1)
+    store.add(journal)
+    assert [run["status"] for run in store.reader.summaries()] == ["running"]
+    assert store.reader.glances([RUN])[RUN].waiting == 1
+    versions = [store.reader.version(RUN)]
+    assert store.reader.version(RUN) == versions[0]
+
+    def change(do: Callable[[RunJournal], None]) -> None:
+        journal = RunJournal(RunFolder(tmp_path, "ppo_agent", RUN))
+        do(journal)
+        store.add(journal)
+        versions.append(store.reader.version(RUN))
+
+    change(lambda journal: save(journal, 2))
+    store.reader.summaries()
+    assert store.reader.glances([RUN])[RUN].checkpoints == 2
+    change(lambda journal: mirror(journal, 2, "runs:/1/2.zip"))
+    store.reader.summaries()
+    assert store.reader.glances([RUN])[RUN].waiting == 1
+    change(lambda journal: add_point(journal, 10, ep_rew_mean=1.5))
+    store.reader.summaries()
+    assert store.reader.glances([RUN])[RUN].rewards == ((10, 1.5),)
+    change(lambda journal: journal.update(status="completed"))
+    assert [run["status"] for run in store.reader.summaries()] == ["completed"]
+    assert len(set(versions)) == 5
+    store.add(start_run(tmp_path, "second"))
+    assert {run["run_id"] for run in store.reader.summaries()} == {RUN, "second"}
+
+
+def test_runs_that_are_removed_are_summarized_no_more(store: Store, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        store.add(start_run(tmp_path, name))
+    assert len(store.reader.summaries()) == 2
+    if isinstance(store.reader, FolderRuns):
+        shutil.rmtree(tmp_path / "ppo_agent" / "a")
+    else:
+        assert isinstance(store.reader, MongoRuns)
+        store.reader._lazy.get()[RUNS].delete_one({"_id": "a"})
+    # A database is asked now and then only.
+    wait_for(lambda: [run["run_id"] for run in store.reader.summaries()] == ["b"], "it is gone")
+
+
+def test_time_alone_makes_a_summary_lost_or_stalled(store: Store, tmp_path: Path) -> None:
+    store.add(start_run(tmp_path, "lost", heartbeat_at=STALE))
+    store.add(start_run(tmp_path, "stalled", last_step_at=STALE))
+    assert {run["run_id"]: run["status"] for run in store.reader.summaries()} == {"lost": "lost", "stalled": "stalled"}
+    assert ids(store.reader.list(status="stalled")) == ["stalled"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 9, 10, 11, 333])
+def test_every_store_picks_the_same_few_points_of_a_curve(store: Store, tmp_path: Path, count: int) -> None:
+    journal = start_run(tmp_path, RUN)
+    for step in range(1, count + 1):
+        add_point(journal, 10 * step, ep_rew_mean=step / 7, **({"train/loss": 0.1} if step % 3 else {}))
+    with journal.folder.metrics.open("ab") as file:
+        file.write(b'{"num_timesteps": 999999, "time": "20')  # Torn by a crash.
+    store.add(journal)
+    whole = store.reader.curve(RUN)
+    assert len(whole) == count
+    for points in (1, 2, 10, 100, 1000):
+        few = store.reader.curve(RUN, points)
+        assert few == FolderRuns(tmp_path).curve(RUN, points)
+        assert len(few) <= points
+        assert all(point in whole for point in few)
+        assert few == whole if count <= points else (points == 1 or few[0] == whole[0]) and few[-1] == whole[-1]
+        # Evenly: no gap is many times as wide as another.
+        assert len(few) >= min(count, points / 4)
+
+
+def test_points_that_are_added_change_nothing_of_those_that_were_picked(store: Store, tmp_path: Path) -> None:
+    journal = start_run(tmp_path, RUN)
+    picked: set[int] = set()
+    for step in range(1, 200):
+        add_point(journal, 10 * step, ep_rew_mean=1.0)
+        few = [point["num_timesteps"] for point in FolderRuns(tmp_path).curve(RUN, 20)]
+        # Those that stay: points only go where all are thinned.
+        assert set(few[:-1]) <= picked | {10 * step, 10 * (step - 1)}
+        picked |= set(few)
+    store.add(journal)
+    assert [point["num_timesteps"] for point in store.reader.curve(RUN, 20)] == few

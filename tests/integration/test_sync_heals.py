@@ -26,7 +26,8 @@ from sb3_mlflow_ckpt.metadata import FileEntry
 from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror
 from sb3_mlflow_ckpt.mirrors.naming import LATEST_TAG
 from sb3_mlflow_ckpt.runs.folder import FolderRuns, read_ledger
-from sb3_mlflow_ckpt.runs.mongo import CHECKPOINTS, METRICS, RUNS, MongoRuns
+from sb3_mlflow_ckpt.runs.mongo import MongoRuns
+from sb3_mlflow_ckpt.runs.mongo_database import CHECKPOINTS, METRICS, RUNS, UPDATED_AT
 from sb3_mlflow_ckpt.sync import MirrorAddresses, SyncResult, sync_runs
 
 CHUNK = "000000000000-000000000010-0a1b2c3d.zst"
@@ -273,7 +274,7 @@ def _documents(uri: str, database: str) -> dict[str, list[dict[str, Any]]]:
     with MongoClient(uri) as client:
         return {
             name: sorted(
-                ({k: v for k, v in row.items() if k != "_id"} for row in client[database][name].find()),
+                ({k: v for k, v in row.items() if k not in ("_id", UPDATED_AT)} for row in client[database][name].find()),
                 key=lambda row: json.dumps(row, default=str, sort_keys=True),
             )
             for name in (RUNS, CHECKPOINTS, METRICS)
@@ -356,6 +357,8 @@ def test_what_was_dropped_or_edited_in_mongodb_is_made_good_and_told(
     _folder_of_runs(1)
     _sync_mongo(mongo_uri, mongo_database)
     before = _documents(mongo_uri, mongo_database)
+    reader = MongoRuns(mongo_uri, mongo_database)
+    shown = (reader.get("run-0"), reader.summaries(), reader.glances(["run-0"]), reader.version("run-0"))
     inflict, told = _EDITS[edit]
     client: MongoClient[dict[str, Any]]
     with MongoClient(mongo_uri) as client:
@@ -364,6 +367,10 @@ def test_what_was_dropped_or_edited_in_mongodb_is_made_good_and_told(
     [result] = _sync_mongo(mongo_uri, mongo_database)
     assert any(line.startswith(told) for line in result.changes), result.changes
     assert _documents(mongo_uri, mongo_database) == before
+    # A reader that has kept what it read is told by the stamp.
+    assert (reader.get("run-0"), reader.summaries(), reader.glances(["run-0"])) == shown[:3]
+    assert reader.version("run-0") != shown[3]
+    reader.close()
     [result] = _sync_mongo(mongo_uri, mongo_database)
     assert result.changes == ()
 

@@ -320,7 +320,7 @@ def test_a_run_record_cannot_steer_the_terminal(tmp_path: Path) -> None:
 def test_the_printed_resume_command_repeats_what_a_resume_would_refuse() -> None:
     import shlex
 
-    from sb3_mlflow_ckpt.cli.progress import resume_command
+    from sb3_mlflow_ckpt.resume_commands import resume_command
 
     config = build_config(
         [
@@ -336,7 +336,8 @@ def test_the_printed_resume_command_repeats_what_a_resume_would_refuse() -> None
             )
         ]
     )  # fmt: skip
-    words = shlex.split(resume_command(config, Path("c.zip")))
+    item = {"path": "c.zip", "on_disk": True}
+    words = shlex.split(resume_command({"config": config.to_json()}, item, program="trainer", source="path") or "")
     given = dict(zip(words[3::2], words[4::2], strict=True))
     assert given["--env-id"] == "toy_environments:FixedLength-v0"
     assert given["--env-wrappers"] == '["mine:Wrapper"]'

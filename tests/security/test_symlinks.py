@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from mlflow import MlflowClient
 from processes import trainer
 
-from sb3_mlflow_ckpt import atomic, prune_checkpoints
+from sb3_mlflow_ckpt import atomic, json_lines, prune_checkpoints
 from sb3_mlflow_ckpt.checkpoints import list_checkpoints
 from sb3_mlflow_ckpt.cli import main
 from sb3_mlflow_ckpt.config import Layer, build_config
@@ -176,11 +176,11 @@ def test_a_link_a_folder_and_a_pipe_are_no_files_of_a_run(tmp_path: Path, outsid
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     for name in ("link", "folder", "pipe"):
-        for use in (atomic.read_lines, atomic.read_bytes):
+        for use in (json_lines.read_lines, atomic.read_bytes):
             with pytest.raises(ForeignFileError, match="not followed"):
                 use(tmp_path / name)
         with pytest.raises(OSError, match=name):
-            atomic.append_line(tmp_path / name, {})
+            json_lines.append_line(tmp_path / name, {})
         assert not atomic.is_own_file(tmp_path / name)
     assert outside.read_bytes() == OUTSIDE
 
@@ -195,7 +195,7 @@ def test_lines_without_end_are_passed_over_within_bounded_memory(tmp_path: Path)
             file.write(b"x" * atomic.LARGEST_DOCUMENT)
         file.write(b'\n{"n": 2}\n\0\0\n\xff\n{"n": NaN}\n{"n": 3}\n{"n": 4')
     tracemalloc.start()
-    rows, end = atomic.read_lines(path)
+    rows, end = json_lines.read_lines(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [row["n"] for row in rows] == [1, 2, 3]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from journals import commit, save, start_run
 
-from sb3_mlflow_ckpt import atomic
+from sb3_mlflow_ckpt import atomic, json_lines
 from sb3_mlflow_ckpt.checkpoints import list_checkpoints
 from sb3_mlflow_ckpt.commit import remove_checkpoint
 from sb3_mlflow_ckpt.dead_writers import sweep
@@ -76,7 +76,7 @@ def test_a_last_line_that_is_torn_at_any_byte_spoils_itself_alone(tmp_path: Path
         reopened.add_metrics({"num_timesteps": 9, "time": "2026-01-01T00:00:09.000Z"})
         reopened.add_mirrored(1, "x", reopened.ledger.saved[1]["sha256"])
         reopened.close()
-        rows, _ = atomic.read_lines(path)
+        rows, _ = json_lines.read_lines(path)
         if name == "metrics.jsonl":
             # Of a line that lacks its end alone nothing is lost.
             assert [row["num_timesteps"] for row in rows] == ([1, 2, 9] if end == len(whole) - 1 else [1, 9])

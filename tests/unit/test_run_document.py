@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from sb3_mlflow_ckpt.errors import MirrorUnavailableError
 from sb3_mlflow_ckpt.runs.document import checkpoint_entry, derived_status, finite, new_record, redact, redact_all
-from sb3_mlflow_ckpt.runs.mongo import connect, decode, encode, redacted
+from sb3_mlflow_ckpt.runs.mongo_database import connect, decode, encode, redacted
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=timezone.utc)
-KEYS = st.text(alphabet="ab.$%0245EInt\0 é", max_size=6)
+# "\udc80" is how a byte of a file's name is held that is no text.
+KEYS = st.text(alphabet="ab.$%0245DC8EIntuex\0 é\udc80", max_size=6)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | KEYS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
@@ -41,9 +42,16 @@ def beating(age: float, **fields: Any) -> dict[str, Any]:
         (beating(10_000, status="failed"), "failed"),
         (beating(10_000, status="interrupted"), "interrupted"),
         (beating(0, heartbeat_at=None), "running"),
+        # By the clock of its own process: the last step lies long before the heartbeat.
+        (beating(5, last_step_at=beating(124)["heartbeat_at"]), "running"),
+        (beating(5, last_step_at=beating(126)["heartbeat_at"]), "stalled"),
+        (beating(121, last_step_at=beating(999)["heartbeat_at"]), "lost"),
+        (beating(5, heartbeat_seconds=100.0, last_step_at=beating(126)["heartbeat_at"]), "running"),
+        (beating(5, last_step_at="edited"), "running"),
+        (beating(5, status="failed", last_step_at=beating(999)["heartbeat_at"]), "failed"),
     ],
 )
-def test_only_a_running_run_whose_heartbeat_is_stale_is_lost(record: dict[str, Any], status: str) -> None:
+def test_only_a_running_run_is_lost_or_stalled(record: dict[str, Any], status: str) -> None:
     assert derived_status(record, NOW) == status
 
 
@@ -112,6 +120,15 @@ def test_a_stored_key_means_nothing_to_mongodb(value: dict[str, Any]) -> None:
         assert key
         assert not key.startswith("$")
         assert not set(key) & {".", "\0"}
+
+
+@pytest.mark.parametrize(
+    ("stored", "shown"),
+    [({"%int": "9" * 6000}, "9" * 6000), ({"%int": None}, None), ({"%text": "[1]"}, "[1]"), ({"%text": "{"}, "{"), ({"%int": "7"}, 7)],
+    ids=["long", "none", "list", "torn", "number"],
+)  # fmt: skip
+def test_what_somebody_else_stored_in_a_form_of_ours_is_shown_as_it_is(stored: dict[str, Any], shown: Any) -> None:
+    assert decode(stored) == shown
 
 
 def test_numbers_that_json_cannot_hold_are_stored_as_null() -> None:
