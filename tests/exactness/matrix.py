@@ -79,9 +79,16 @@ class Fingerprints:
             def _on_training_end(self) -> None:
                 hashes = fingerprint(self.model) | {"episodes": digest(checkpoints.episode)}
                 rows = {path.name: monitored(path) for path in sorted(Path.cwd().glob("[0-9].monitor.csv"))}
-                result.write_text(json.dumps(hashes | {"Monitor's rows": digest(rows)}))
+                _write_whole(result, json.dumps(hashes | {"Monitor's rows": digest(rows)}))
 
         return _Take()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all: a kill may come while it is written."""
+    half = path.with_suffix(".half")
+    half.write_text(text)
+    half.replace(path)
 
 
 def digest(value: Any) -> str:
@@ -203,7 +210,7 @@ def _run_script(total_timesteps: int, result: Path) -> None:
     last = _Last()
     own_script.train(total_timesteps, last)
     if last.hashes is not None:
-        result.write_text(json.dumps(last.hashes | {"evaluations": digest(last.evaluated)}))
+        _write_whole(result, json.dumps(last.hashes | {"evaluations": digest(last.evaluated)}))
 
 
 class Matrix:
