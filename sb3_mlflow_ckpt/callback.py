@@ -404,6 +404,7 @@ class EpisodeCheckpointCallback(BaseCallback):
                 exact=snapshot.exact,
                 not_exact=snapshot.not_exact,
                 replay=snapshot.replay,
+                recorder=self._moments.recorder,
             )
             self._running().save(capture)
         except BaseException:
