@@ -50,6 +50,12 @@ class CheckpointCapture(NamedTuple):
     metadata: CheckpointMetadata
     replay: ReplayCapture | None = None
 
+    def release(self) -> None:
+        """Let training go on with the memory and the rows that the capture reads."""
+        self.model.release()
+        if self.replay is not None:
+            self.replay.release()
+
 
 def capture_checkpoint(
     model: BaseAlgorithm,
@@ -94,38 +100,42 @@ def capture_checkpoint(
     from sb3_mlflow_ckpt.state.model import ModelRecorder
 
     captured = (recorder or ModelRecorder(model)).capture(attributes)
-    captured = replace(captured, exact=exact.state if exact is not None else None)
-    metadata = CheckpointMetadata(
-        episode=episode,
-        run_id=run_id,
-        config=dict(config or {}),
-        timestamp=timestamp_now(),
-        extra_state=dict(extra_state or {}),
-        agent_id=agent_id,
-        algo=algorithm_name(type(model)),
-        num_timesteps=int(model.num_timesteps),
-        finished_episodes=episode if finished_episodes is None else finished_episodes,
-        n_updates=int(getattr(model, "_n_updates", 0)),
-        trigger=trigger,
-        versions=versions(),
-        spaces={
-            "observation": describe_space(model.observation_space),
-            "action": describe_space(model.action_space),
-        },
-        parent=parent,
-        root_run_id=root_run_id or run_id,
-        resume_state={
-            "restored": [
-                *("parameters", "optimizers", "counters"),
-                *(["vec_normalize"] if captured.arrays else []),
-                *(["random states", "environments"] if exact is not None else []),
-                *(["replay buffer"] if replay is not None else []),
-            ],
-            "exact": exact is not None and exact.reason is None,
-            "reason": (not_exact or _WEIGHTS_ONLY) if exact is None else exact.reason,
-        },
-        metrics=_last_episodes(captured.state),
-    )
+    try:
+        captured = replace(captured, exact=exact.state if exact is not None else None)
+        metadata = CheckpointMetadata(
+            episode=episode,
+            run_id=run_id,
+            config=dict(config or {}),
+            timestamp=timestamp_now(),
+            extra_state=dict(extra_state or {}),
+            agent_id=agent_id,
+            algo=algorithm_name(type(model)),
+            num_timesteps=int(model.num_timesteps),
+            finished_episodes=episode if finished_episodes is None else finished_episodes,
+            n_updates=int(getattr(model, "_n_updates", 0)),
+            trigger=trigger,
+            versions=versions(),
+            spaces={
+                "observation": describe_space(model.observation_space),
+                "action": describe_space(model.action_space),
+            },
+            parent=parent,
+            root_run_id=root_run_id or run_id,
+            resume_state={
+                "restored": [
+                    *("parameters", "optimizers", "counters"),
+                    *(["vec_normalize"] if captured.arrays else []),
+                    *(["random states", "environments"] if exact is not None else []),
+                    *(["replay buffer"] if replay is not None else []),
+                ],
+                "exact": exact is not None and exact.reason is None,
+                "reason": (not_exact or _WEIGHTS_ONLY) if exact is None else exact.reason,
+            },
+            metrics=_last_episodes(captured.state),
+        )
+    except BaseException:
+        captured.release()
+        raise
     return CheckpointCapture(captured, metadata, replay)
 
 
@@ -158,9 +168,8 @@ def commit_checkpoint(folder: RunFolder, capture: CheckpointCapture) -> Checkpoi
     try:
         return _commit(folder, capture)
     finally:
-        if capture.replay is not None:
-            # Training waits for the rows that a capture reads, whatever became of it.
-            capture.replay.release()
+        # Training waits for what a capture holds, whatever became of it.
+        capture.release()
 
 
 def _commit(folder: RunFolder, capture: CheckpointCapture) -> CheckpointMetadata:

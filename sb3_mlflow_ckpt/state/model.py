@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import deque
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from stable_baselines3.common.vec_env import unwrap_vec_normalize
 from sb3_mlflow_ckpt.algorithms import describe_constructor
 from sb3_mlflow_ckpt.spaces import encode_space
 from sb3_mlflow_ckpt.state import normalization
+from sb3_mlflow_ckpt.state.images import Image, ImagePool
 from sb3_mlflow_ckpt.state.sb3_data import Data, DataRecorder
 from sb3_mlflow_ckpt.tree import NotPlainError
 
@@ -53,6 +55,7 @@ class ModelCapture:
             where they have no plain form.
         built: What the constructor would be told to build the model again.
         exact: What makes a resume exact (`state.exact`); None where it was not captured.
+        release: Gives the tensors' memory back: to be called when they are written.
     """
 
     data: Data | None
@@ -63,6 +66,7 @@ class ModelCapture:
     spaces: Mapping[str, Any] | None = None
     built: Mapping[str, Any] = field(default_factory=dict)
     exact: dict[str, Any] | None = None
+    release: Callable[[], None] = lambda: None
 
 
 class ModelRecorder:
@@ -75,30 +79,45 @@ class ModelRecorder:
     def __init__(self, model: BaseAlgorithm) -> None:
         self._model = model
         self._data = DataRecorder()
+        self._images = ImagePool()
         self._spaces: tuple[tuple[Any, Any], dict[str, Any] | None] | None = None
 
     def capture(self, attributes: Mapping[str, Any] | None = None) -> ModelCapture:
         """Return a copy of everything that a checkpoint holds of the model.
 
+        Waits while two captures are held, until one is released.
+
         Args:
             attributes: Values to record in place of the model's own, for attributes that are changed for a while.
         """
-        model, memo = self._model, dict[Any, th.Tensor]()
+        image, release = self._images.take()
+        try:
+            return replace(self._captured(image, attributes), release=release)
+        except BaseException:
+            release()
+            raise
+
+    def _captured(self, image: Image, attributes: Mapping[str, Any] | None) -> ModelCapture:
+        model = self._model
         state_names, variable_names = model._get_torch_save_params()
         excluded = set(model._excluded_save_params()) | {name.split(".")[0] for name in state_names + variable_names}
         data = {key: value for key, value in vars(model).items() if key not in excluded} | dict(attributes or {})
+        infos = _copied_infos(model)
         state: dict[str, Any] = {
             "counters": {key: getattr(model, key) for key in _COUNTERS if hasattr(model, key)},
-            "info_buffers": {key: [_shallow(item) for item in getattr(model, key) or ()] for key in _INFO_BUFFERS},
+            "info_buffers": {key: list(buffer or ()) for key, buffer in infos.items()},
         }
         arrays: normalization.Arrays = {}
         normalized = model.get_vec_normalize_env()
         if normalized is not None:
             state["vec_normalize"], arrays = normalization.capture(normalized)
+        state_dicts = image.copy(model.get_parameters())
+        variables = image.copy({name: recursive_getattr(model, name) for name in variable_names})
+        image.end()
         return ModelCapture(
-            data=self._data.capture(data),
-            state_dicts={name: _clone(value, memo) for name, value in model.get_parameters().items()},
-            variables={name: _clone(recursive_getattr(model, name), memo) for name in variable_names},
+            data=self._data.capture(data, infos),
+            state_dicts=state_dicts,
+            variables=variables,
             state=state,
             arrays=arrays,
             spaces=self._encoded_spaces(),
@@ -120,8 +139,13 @@ def _encoded(observation: Any, action: Any) -> dict[str, Any] | None:
         return None
 
 
-def _shallow(value: Any) -> Any:
-    return dict(value) if isinstance(value, dict) else value
+def _copied_infos(model: Any) -> dict[str, Any]:
+    """Return copies of what SB3 keeps of the last episodes: deques, but ARS has lists."""
+    buffers = {key: getattr(model, key, None) for key in _INFO_BUFFERS}
+    return {
+        key: deque(map(copy.copy, buffer), buffer.maxlen) if isinstance(buffer, deque) else copy.deepcopy(buffer)
+        for key, buffer in buffers.items()
+    }
 
 
 def restore_model(
@@ -193,21 +217,6 @@ def _restore_optimizer(optimizer: th.optim.Optimizer, state: Mapping[str, Any]) 
     # The moments are the checkpoint's; options such as eps are the configuration's, which may override them.
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)
-
-
-def _clone(value: Any, memo: dict[Any, th.Tensor]) -> Any:
-    if isinstance(value, th.Tensor):
-        # A CNN lists its shared extractor three times: clone it once, so that torch.save writes it once.
-        key = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
-        clone = memo.get(key)
-        if clone is None or not key[0]:
-            clone = memo[key] = value.detach().clone()
-        return clone
-    if isinstance(value, dict):
-        return type(value)((key, _clone(item, memo)) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return type(value)(_clone(item, memo) for item in value)
-    return value
 
 
 def plain(value: Any) -> Any:

@@ -29,6 +29,7 @@ _IMMUTABLE = (
 )
 # What stands for the same text as long as it is the same object. A function may refer to what changes.
 _CONSTANT = (type, gymnasium.Space)
+_PLAIN = frozenset({type(None), bool, int, float, str})
 _SB3 = ("stable_baselines3", "sb3_contrib")
 
 
@@ -38,10 +39,17 @@ class DataRecorder:
     def __init__(self) -> None:
         self._known: dict[str, tuple[Any, Any]] = {}
 
-    def capture(self, attributes: Mapping[str, Any]) -> Data:
-        """Return what will render the attributes as they are now."""
-        copies, rendered = {}, {}
+    def capture(self, attributes: Mapping[str, Any], copied: Mapping[str, Any] | None = None) -> Data:
+        """Return what will render attributes as they are now.
+
+        Args:
+            attributes: The values by name.
+            copied: Those that are copies already.
+        """
+        copies, rendered = dict(copied or {}), {}
         for name, value in attributes.items():
+            if name in copies:
+                continue
             try:
                 copies[name] = _copied(value)
             except Exception:
@@ -77,7 +85,7 @@ def _copied(value: Any) -> Any:
     if kind is th.Tensor:
         return value.detach().clone()
     if kind is dict:
-        return {key: _copied(item) for key, item in value.items()}
+        return {key: item if type(item) in _PLAIN else _copied(item) for key, item in value.items()}
     if kind in (list, tuple, set, frozenset):
         return kind(map(_copied, value))
     if kind is deque:
