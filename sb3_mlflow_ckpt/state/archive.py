@@ -40,6 +40,7 @@ EXACT_MEMBER = "sb3_mlflow_ckpt/exact.json"
 EXACT_ARRAYS_MEMBER = "sb3_mlflow_ckpt/exact.bin"
 SPACES_MEMBER = "sb3_mlflow_ckpt/spaces.json"
 _SPACES_ARRAYS_MEMBER = "sb3_mlflow_ckpt/spaces.bin"
+_BUFFER = 1 << 18
 _VARIABLES_MEMBER = "pytorch_variables.pth"
 
 
@@ -78,9 +79,10 @@ def write_archive(file: atomic.HashedFile, capture: ModelCapture, metadata: Chec
 
 
 def _write_tensors(archive: zipfile.ZipFile, name: str, value: Any) -> None:
-    with archive.open(name, "w", force_zip64=True) as member:
-        # Straight into the file: a member may be as large as the memory that is left.
-        th.save(value, member)
+    # Straight into the file: a member may be as large as the memory that is left. Torch writes in small pieces.
+    member = cast("io.RawIOBase", archive.open(name, "w", force_zip64=True))
+    with member, io.BufferedWriter(member, _BUFFER) as buffered:
+        th.save(value, buffered)
 
 
 def read_exact(path: Path) -> dict[str, Any] | None:

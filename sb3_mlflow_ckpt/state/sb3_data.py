@@ -46,7 +46,7 @@ class DataRecorder:
             attributes: The values by name.
             copied: Those that are copies already.
         """
-        copies, rendered = dict(copied or {}), {}
+        copies, rendered = dict(copied or {}), dict[str, Any]()
         for name, value in attributes.items():
             if name in copies:
                 continue
@@ -54,25 +54,27 @@ class DataRecorder:
                 copies[name] = _copied(value)
             except Exception:
                 # What cannot be copied may change while it is pickled, so that cannot wait.
-                rendered[name] = _entry(name, value)
+                rendered |= _entries({name: value})
         return lambda: self._render(attributes.keys(), copies, rendered)
 
     def _render(self, names: Iterable[str], copies: Mapping[str, Any], rendered: Mapping[str, Any]) -> str:
-        entries = {name: rendered[name] if name in rendered else self._entry(name, copies[name]) for name in names}
-        return json.dumps(entries, indent=4)
+        changing = {name: value for name, value in copies.items() if not isinstance(value, _CONSTANT)}
+        constant = {name: self._constant(name, value) for name, value in copies.items() if name not in changing}
+        entries = {**rendered, **constant, **_entries(changing)}
+        return json.dumps({name: entries[name] for name in names}, indent=4)
 
-    def _entry(self, name: str, value: Any) -> Any:
-        if not isinstance(value, _CONSTANT):
-            return _entry(name, value)
+    def _constant(self, name: str, value: Any) -> Any:
         known = self._known.get(name)
         if known is None or known[0] is not value:
-            known = self._known[name] = value, _entry(name, value)
+            known = self._known[name] = value, _entries({name: value})[name]
         return known[1]
 
 
-def _entry(name: str, value: Any) -> Any:
-    """Return what SB3's JSON says of an attribute."""
-    return json.loads(data_to_json({name: value}))[name]
+def _entries(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what SB3's JSON says of attributes."""
+    plain = {name: value for name, value in attributes.items() if type(value) in _PLAIN}
+    others = {name: value for name, value in attributes.items() if name not in plain}
+    return {**plain, **json.loads(data_to_json(others))}
 
 
 def _copied(value: Any) -> Any:
