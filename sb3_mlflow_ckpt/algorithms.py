@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import inspect
 import re
@@ -127,7 +128,7 @@ def describe_constructor(model: BaseAlgorithm, attributes: Mapping[str, Any] | N
         `policy`, `learning_rate`, `seed`, `hyperparameters`, and `undescribed`: the arguments without a plain form.
     """
     hyperparameters, undescribed = {}, []
-    for name in inspect.signature(type(model)).parameters:
+    for name in _parameters(type(model)):
         if name in _NOT_DESCRIBED or not hasattr(model, name):
             continue
         value = (attributes or {}).get(name, getattr(model, name))
@@ -146,6 +147,11 @@ def describe_constructor(model: BaseAlgorithm, attributes: Mapping[str, Any] | N
         "hyperparameters": {name: value for name, value in hyperparameters.items() if value is not None},
         "undescribed": undescribed,
     }
+
+
+@functools.cache
+def _parameters(kind: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind).parameters)
 
 
 def _describe(value: Any) -> Any:

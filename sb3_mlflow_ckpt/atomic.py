@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from sb3_mlflow_ckpt.errors import ForeignFileError
 from sb3_mlflow_ckpt.layout import TEMPORARY_PREFIX
@@ -71,6 +71,37 @@ def staged(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
     except BaseException:
         discard(temporary)
         raise
+
+
+class HashedFile:
+    """A file that is hashed and counted while it is written, from its beginning to its end.
+
+    Args:
+        file: The file, open and empty.
+
+    Attributes:
+        bytes: What was written.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.bytes = 0
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of what was written, as hexadecimal digits."""
+        return self._digest.hexdigest()
+
+    def write(self, content: bytes | memoryview) -> int:
+        """Write bytes."""
+        self._digest.update(content)
+        self.bytes += memoryview(content).nbytes
+        return self._file.write(content)
+
+    def flush(self) -> None:
+        """Flush the file."""
+        self._file.flush()
 
 
 def discard(path: Path) -> None:

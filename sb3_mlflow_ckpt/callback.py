@@ -388,7 +388,7 @@ class EpisodeCheckpointCallback(BaseCallback):
 
     def _save(self, episode: int, trigger: str, point: SafePoint | None = None) -> None:
         assert self.agent_id is not None and self.run_id is not None
-        snapshot = self._moments.capture(point)
+        live, snapshot = self._running(), self._moments.capture(point)
         try:
             capture = capture_checkpoint(
                 self.model,
@@ -404,13 +404,14 @@ class EpisodeCheckpointCallback(BaseCallback):
                 exact=snapshot.exact,
                 not_exact=snapshot.not_exact,
                 replay=snapshot.replay,
+                recorder=self._moments.recorder,
             )
-            self._running().save(capture)
         except BaseException:
             if snapshot.replay is not None:
                 # Training would wait for somebody to write it.
                 snapshot.replay.release()
             raise
+        live.save(capture)
         self._saved_state = self._state()
 
     def _check_writer(self, live: LiveRun) -> None:

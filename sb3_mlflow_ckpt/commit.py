@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
 
     from sb3_mlflow_ckpt.state.exact import ExactCapture
-    from sb3_mlflow_ckpt.state.model import ModelCapture
+    from sb3_mlflow_ckpt.state.model import ModelCapture, ModelRecorder
     from sb3_mlflow_ckpt.state.replay.buffer import ReplayCapture
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -50,6 +50,12 @@ class CheckpointCapture(NamedTuple):
     metadata: CheckpointMetadata
     replay: ReplayCapture | None = None
 
+    def release(self) -> None:
+        """Let training go on with the memory and the rows that the capture reads."""
+        self.model.release()
+        if self.replay is not None:
+            self.replay.release()
+
 
 def capture_checkpoint(
     model: BaseAlgorithm,
@@ -67,6 +73,7 @@ def capture_checkpoint(
     exact: ExactCapture | None = None,
     not_exact: str | None = None,
     replay: ReplayCapture | None = None,
+    recorder: ModelRecorder | None = None,
 ) -> CheckpointCapture:
     """Copy a model and what is known of it; nothing of the copy changes when training goes on.
 
@@ -81,48 +88,54 @@ def capture_checkpoint(
         trigger: Why it is saved.
         parent: The checkpoint that the run was resumed from.
         root_run_id: The first run of the chain of resumes.
-        attributes: Values to record in place of the model's own (see `state.model.capture_model`).
+        attributes: Values to record in place of the model's own (see `state.model.ModelRecorder`).
         exact: What makes a resume exact; None saves weights and counters.
         not_exact: Why that is None, where it is not by choice.
         replay: The replay buffer at this moment.
+        recorder: The model's, where it is captured again and again.
     """
     from sb3_mlflow_ckpt.algorithms import algorithm_name
     from sb3_mlflow_ckpt.environments import describe_space
     from sb3_mlflow_ckpt.provenance import versions
-    from sb3_mlflow_ckpt.state.model import capture_model
+    from sb3_mlflow_ckpt.state.model import ModelRecorder
 
-    captured = replace(capture_model(model, attributes), exact=exact.state if exact is not None else None)
-    metadata = CheckpointMetadata(
-        episode=episode,
-        run_id=run_id,
-        config=redact_all(dict(config or {})),
-        timestamp=timestamp_now(),
-        extra_state=dict(extra_state or {}),
-        agent_id=agent_id,
-        algo=algorithm_name(type(model)),
-        num_timesteps=int(model.num_timesteps),
-        finished_episodes=episode if finished_episodes is None else finished_episodes,
-        n_updates=int(getattr(model, "_n_updates", 0)),
-        trigger=trigger,
-        versions=versions(),
-        spaces={
-            "observation": describe_space(model.observation_space),
-            "action": describe_space(model.action_space),
-        },
-        parent=parent,
-        root_run_id=root_run_id or run_id,
-        resume_state={
-            "restored": [
-                *("parameters", "optimizers", "counters"),
-                *(["vec_normalize"] if captured.arrays else []),
-                *(["random states", "environments"] if exact is not None else []),
-                *(["replay buffer"] if replay is not None else []),
-            ],
-            "exact": exact is not None and exact.reason is None,
-            "reason": (not_exact or _WEIGHTS_ONLY) if exact is None else exact.reason,
-        },
-        metrics=_last_episodes(captured.state),
-    )
+    captured = (recorder or ModelRecorder(model)).capture(attributes)
+    try:
+        captured = replace(captured, exact=exact.state if exact is not None else None)
+        metadata = CheckpointMetadata(
+            episode=episode,
+            run_id=run_id,
+            config=dict(config or {}),
+            timestamp=timestamp_now(),
+            extra_state=dict(extra_state or {}),
+            agent_id=agent_id,
+            algo=algorithm_name(type(model)),
+            num_timesteps=int(model.num_timesteps),
+            finished_episodes=episode if finished_episodes is None else finished_episodes,
+            n_updates=int(getattr(model, "_n_updates", 0)),
+            trigger=trigger,
+            versions=versions(),
+            spaces={
+                "observation": describe_space(model.observation_space),
+                "action": describe_space(model.action_space),
+            },
+            parent=parent,
+            root_run_id=root_run_id or run_id,
+            resume_state={
+                "restored": [
+                    *("parameters", "optimizers", "counters"),
+                    *(["vec_normalize"] if captured.arrays else []),
+                    *(["random states", "environments"] if exact is not None else []),
+                    *(["replay buffer"] if replay is not None else []),
+                ],
+                "exact": exact is not None and exact.reason is None,
+                "reason": (not_exact or _WEIGHTS_ONLY) if exact is None else exact.reason,
+            },
+            metrics=_last_episodes(captured.state),
+        )
+    except BaseException:
+        captured.release()
+        raise
     return CheckpointCapture(captured, metadata, replay)
 
 
@@ -155,9 +168,8 @@ def commit_checkpoint(folder: RunFolder, capture: CheckpointCapture) -> Checkpoi
     try:
         return _commit(folder, capture)
     finally:
-        if capture.replay is not None:
-            # Training waits for the rows that a capture reads, whatever became of it.
-            capture.replay.release()
+        # Training waits for what a capture holds, whatever became of it.
+        capture.release()
 
 
 def _commit(folder: RunFolder, capture: CheckpointCapture) -> CheckpointMetadata:
@@ -167,16 +179,18 @@ def _commit(folder: RunFolder, capture: CheckpointCapture) -> CheckpointMetadata
     path, metadata_file = folder.model(episode), folder.metadata(episode)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        _check_readable(capture.metadata)
+        metadata = capture.metadata.model_copy(update={"config": redact_all(capture.metadata.config)})
+        _check_readable(metadata)
         model, chunks = capture.model, []
         if capture.replay is not None:
             chunks = capture.replay.write(folder)
             model = replace(model, state={**model.state, "replay": capture.replay.state})
         with atomic.staged(path) as (file, temporary):
-            write_archive(file, model, capture.metadata)
+            hashed = atomic.HashedFile(file)
+            write_archive(hashed, model, metadata)
         try:
-            entry = FileEntry(name=path.name, bytes=temporary.stat().st_size, sha256=atomic.sha256(temporary))
-            metadata = capture.metadata.model_copy(update={"files": [entry, *chunks]})
+            entry = FileEntry(name=path.name, bytes=hashed.bytes, sha256=hashed.sha256)
+            metadata = metadata.model_copy(update={"files": [entry, *chunks]})
             # Before anything is renamed: a disk that is full for the metadata must leave no zip without it.
             with atomic.staged(metadata_file) as (file, staged_metadata):
                 file.write(atomic.dump_json(metadata.to_json()))
@@ -274,6 +288,6 @@ def _last_episodes(state: Mapping[str, Any]) -> dict[str, float | None]:
     if not infos:
         return {"mean_reward": None, "mean_length": None}
     return {
-        "mean_reward": finite(sum(info["r"] for info in infos) / len(infos)),
-        "mean_length": finite(sum(info["l"] for info in infos) / len(infos)),
+        "mean_reward": finite(float(sum(info["r"] for info in infos)) / len(infos)),
+        "mean_length": finite(float(sum(info["l"] for info in infos)) / len(infos)),
     }

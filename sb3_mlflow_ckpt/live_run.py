@@ -129,7 +129,14 @@ class LiveRun:
 
     def save(self, capture: CheckpointCapture) -> float:
         """Queue a checkpoint for the background writer; return the seconds that the caller waited for room."""
-        return self._writer.submit(lambda: self._commit(capture))
+        # Whoever takes it out releases it: the writer, or this thread if it is interrupted before the writer has it.
+        waiting = deque([capture])
+        try:
+            return self._writer.submit(lambda: self._commit(waiting.pop()) if waiting else None)
+        except BaseException:
+            if waiting:
+                waiting.pop().release()
+            raise
 
     def failures(self) -> Iterator[BaseException]:
         """Yield why checkpoints could not be written, each failure once."""
@@ -277,9 +284,8 @@ class LiveRun:
                     self._journal.reconcile()
             raise save_error(self.folder.model(capture.metadata.episode), error) from error
         finally:
-            if capture.replay is not None:
-                # Training waits for the rows that a capture reads, whatever became of it.
-                capture.replay.release()
+            # Training waits for what a capture holds, whatever became of it.
+            capture.release()
         self.latest, self.latest_metadata = self.folder.model(metadata.episode), metadata
         # What the run needed of its parent is in its own folder now.
         self._release_parent()

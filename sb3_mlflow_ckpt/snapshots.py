@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from sb3_mlflow_ckpt.resumption import ResumeState
 from sb3_mlflow_ckpt.state.callbacks import CallbackStates
 from sb3_mlflow_ckpt.state.exact import ExactCapture, capture_exact
+from sb3_mlflow_ckpt.state.model import ModelRecorder
 from sb3_mlflow_ckpt.state.replay.buffer import ReplayCapture, ReplayRecorder
 from sb3_mlflow_ckpt.state.replay.columns import columns
 from sb3_mlflow_ckpt.state.safe_point import SafePoint, SafePointWatch
@@ -50,6 +51,9 @@ class Snapshots:
         mode: `weights` captures nothing beyond them, `exact` the replay buffer whatever its size.
         save_replay_buffer: Whether the replay buffer is captured; `auto` up to a full capacity of 2 GiB.
         take: Takes a checkpoint. It is given the moment; None where no safe one was near.
+
+    Attributes:
+        recorder: Captures the model's weights and counters.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Snapshots:
         save_replay_buffer: SaveReplayBuffer,
         take: Callable[[SafePoint | None], None],
     ) -> None:
+        self.recorder = ModelRecorder(model)
         self._model = model
         self._watched = watched
         self._mode = mode

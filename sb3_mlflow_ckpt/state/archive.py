@@ -19,10 +19,11 @@ import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 import stable_baselines3
+import torch as th
 from stable_baselines3.common.utils import get_system_info
 
 from sb3_mlflow_ckpt import atomic, tree
@@ -32,32 +33,35 @@ from sb3_mlflow_ckpt.spaces import decode_space
 from sb3_mlflow_ckpt.state import checked
 from sb3_mlflow_ckpt.state.container import READ_ERRORS, Container, open_container
 from sb3_mlflow_ckpt.state.embedded import STATE_MEMBER, dump_state, read_state
-from sb3_mlflow_ckpt.state.model import ModelCapture, dump_tensors
+from sb3_mlflow_ckpt.state.model import ModelCapture, plain
 
 NORMALIZATION_MEMBER = "sb3_mlflow_ckpt/vec_normalize.npz"
 EXACT_MEMBER = "sb3_mlflow_ckpt/exact.json"
 EXACT_ARRAYS_MEMBER = "sb3_mlflow_ckpt/exact.bin"
 SPACES_MEMBER = "sb3_mlflow_ckpt/spaces.json"
 _SPACES_ARRAYS_MEMBER = "sb3_mlflow_ckpt/spaces.bin"
+_BUFFER = 1 << 18
 _VARIABLES_MEMBER = "pytorch_variables.pth"
 
 
-def write_archive(file: BinaryIO, capture: ModelCapture, metadata: CheckpointMetadata) -> None:
+def write_archive(file: atomic.HashedFile, capture: ModelCapture, metadata: CheckpointMetadata) -> None:
     """Write a checkpoint's zip.
 
     Args:
-        file: An open, empty, seekable file.
+        file: An empty file.
         capture: The model.
         metadata: The checkpoint's metadata without `files`.
     """
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("data", capture.data)
-        archive.writestr(_VARIABLES_MEMBER, dump_tensors(capture.variables))
+    # It is never sought in, so that it can be hashed on the way.
+    with zipfile.ZipFile(cast("IO[bytes]", file), "w", zipfile.ZIP_STORED) as archive:
+        if capture.data is not None:
+            archive.writestr("data", capture.data())
+        _write_tensors(archive, _VARIABLES_MEMBER, capture.variables)
         for name, state_dict in capture.state_dicts.items():
-            archive.writestr(f"{name}.pth", dump_tensors(state_dict))
+            _write_tensors(archive, f"{name}.pth", state_dict)
         archive.writestr("_stable_baselines3_version", stable_baselines3.__version__)
         archive.writestr("system_info.txt", _system_info())
-        archive.writestr(STATE_MEMBER, dump_state(metadata, {**capture.state, "built": dict(capture.built)}))
+        archive.writestr(STATE_MEMBER, dump_state(metadata, {**plain(capture.state), "built": dict(capture.built)}))
         if capture.spaces is not None:
             document, arrays = tree.encode(capture.spaces)
             archive.writestr(SPACES_MEMBER, json.dumps(document))
@@ -72,6 +76,13 @@ def write_archive(file: BinaryIO, capture: ModelCapture, metadata: CheckpointMet
             with archive.open(EXACT_ARRAYS_MEMBER, "w", force_zip64=True) as member:
                 for piece in tree.pieces(arrays):
                     member.write(piece.data)
+
+
+def _write_tensors(archive: zipfile.ZipFile, name: str, value: Any) -> None:
+    # Straight into the file: a member may be as large as the memory that is left. Torch writes in small pieces.
+    member = cast("io.RawIOBase", archive.open(name, "w", force_zip64=True))
+    with member, io.BufferedWriter(member, _BUFFER) as buffered:
+        th.save(value, buffered)
 
 
 def read_exact(path: Path) -> dict[str, Any] | None:
@@ -125,7 +136,7 @@ def read_archive(path: Path, device: Any = "cpu", *, sha256: str | None = None, 
     variables = tensors.pop(_VARIABLES_MEMBER.removesuffix(".pth"), {})
     built = state.pop("built", None)
     return ModelCapture(
-        data="",
+        data=None,
         state_dicts=tensors,
         variables=checked.variables(variables, path),
         state=checked.state(state, path),

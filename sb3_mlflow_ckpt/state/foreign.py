@@ -120,7 +120,7 @@ def read_foreign(path: Path, device: Any, *, sha256: str | None = None) -> Model
         raise CheckpointCorruptError(path, f"its zip cannot be read ({checked.reason(error)})") from error
     variables = [tensors.pop(name) for name in _VARIABLES if name in tensors]
     return ModelCapture(
-        data="",
+        data=None,
         state_dicts=tensors,
         variables=checked.variables(variables[0] if variables else {}, path),
         state={"counters": checked.counters(data, path), "info_buffers": {}},

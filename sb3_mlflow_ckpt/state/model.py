@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import io
+import copy
 import logging
 from collections import deque
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.save_util import data_to_json, recursive_getattr, recursive_setattr
+from stable_baselines3.common.save_util import recursive_getattr, recursive_setattr
 from stable_baselines3.common.vec_env import unwrap_vec_normalize
 
 from sb3_mlflow_ckpt.algorithms import describe_constructor
 from sb3_mlflow_ckpt.spaces import encode_space
 from sb3_mlflow_ckpt.state import normalization
+from sb3_mlflow_ckpt.state.images import Image, ImagePool
+from sb3_mlflow_ckpt.state.sb3_data import Data, DataRecorder
 from sb3_mlflow_ckpt.tree import NotPlainError
 
 if TYPE_CHECKING:
@@ -44,18 +46,19 @@ class ModelCapture:
     """A model as it stood at one moment, sharing no memory with it.
 
     Attributes:
-        data: SB3's own JSON of everything that is no tensor.
+        data: SB3's own JSON of everything that is no tensor; None where it was read.
         state_dicts: Parameters and optimizers by SB3's names; tensors are clones.
         variables: Other tensors (`log_ent_coef`).
-        state: Counters and settings, as plain JSON.
+        state: Counters and settings; plain JSON but for numpy's scalars and arrays, which `plain` turns into it.
         arrays: Statistics of VecNormalize; empty without one.
         spaces: The `observation` and `action` space: encoded where it was captured, decoded where it was read; None
             where they have no plain form.
         built: What the constructor would be told to build the model again.
         exact: What makes a resume exact (`state.exact`); None where it was not captured.
+        release: Gives the tensors' memory back: to be called when they are written.
     """
 
-    data: str
+    data: Data | None
     state_dicts: dict[str, Any]
     variables: dict[str, Any]
     state: dict[str, Any]
@@ -63,44 +66,86 @@ class ModelCapture:
     spaces: Mapping[str, Any] | None = None
     built: Mapping[str, Any] = field(default_factory=dict)
     exact: dict[str, Any] | None = None
+    release: Callable[[], None] = lambda: None
 
 
-def capture_model(model: BaseAlgorithm, attributes: Mapping[str, Any] | None = None) -> ModelCapture:
-    """Return a copy of everything that a checkpoint holds of a model.
+class ModelRecorder:
+    """Captures one model again and again; what never changes about it is worked out once.
 
     Args:
         model: Any SB3 algorithm.
-        attributes: Values to record in place of the model's own, for attributes that are changed for a while.
     """
-    memo: dict[tuple[Any, ...], th.Tensor] = {}
-    state_names, variable_names = model._get_torch_save_params()
-    excluded = set(model._excluded_save_params()) | {name.split(".")[0] for name in state_names + variable_names}
-    data = {key: value for key, value in vars(model).items() if key not in excluded} | dict(attributes or {})
-    state: dict[str, Any] = {
-        "counters": {key: _plain(getattr(model, key)) for key in _COUNTERS if hasattr(model, key)},
-        "info_buffers": {key: _plain(list(getattr(model, key) or ())) for key in _INFO_BUFFERS},
-    }
-    arrays: normalization.Arrays = {}
-    normalized = model.get_vec_normalize_env()
-    if normalized is not None:
-        state["vec_normalize"], arrays = normalization.capture(normalized)
-    return ModelCapture(
-        data=data_to_json(data),
-        state_dicts={name: _clone(value, memo) for name, value in model.get_parameters().items()},
-        variables={name: _clone(recursive_getattr(model, name), memo) for name in variable_names},
-        state=state,
-        arrays=arrays,
-        spaces=_encoded_spaces(model),
-        built=describe_constructor(model, attributes),
-    )
+
+    def __init__(self, model: BaseAlgorithm) -> None:
+        self._model = model
+        self._data = DataRecorder()
+        self._images = ImagePool()
+        self._spaces: tuple[tuple[Any, Any], dict[str, Any] | None] | None = None
+
+    def capture(self, attributes: Mapping[str, Any] | None = None) -> ModelCapture:
+        """Return a copy of everything that a checkpoint holds of the model.
+
+        Waits while two captures are held, until one is released.
+
+        Args:
+            attributes: Values to record in place of the model's own, for attributes that are changed for a while.
+        """
+        image, release = self._images.take()
+        try:
+            return replace(self._captured(image, attributes), release=release)
+        except BaseException:
+            release()
+            raise
+
+    def _captured(self, image: Image, attributes: Mapping[str, Any] | None) -> ModelCapture:
+        model = self._model
+        state_names, variable_names = model._get_torch_save_params()
+        excluded = set(model._excluded_save_params()) | {name.split(".")[0] for name in state_names + variable_names}
+        data = {key: value for key, value in vars(model).items() if key not in excluded} | dict(attributes or {})
+        infos = _copied_infos(model)
+        state: dict[str, Any] = {
+            "counters": {key: getattr(model, key) for key in _COUNTERS if hasattr(model, key)},
+            "info_buffers": {key: list(buffer or ()) for key, buffer in infos.items()},
+        }
+        arrays: normalization.Arrays = {}
+        normalized = model.get_vec_normalize_env()
+        if normalized is not None:
+            state["vec_normalize"], arrays = normalization.capture(normalized)
+        state_dicts = image.copy(model.get_parameters())
+        variables = image.copy({name: recursive_getattr(model, name) for name in variable_names})
+        image.end()
+        return ModelCapture(
+            data=self._data.capture(data, infos),
+            state_dicts=state_dicts,
+            variables=variables,
+            state=state,
+            arrays=arrays,
+            spaces=self._encoded_spaces(),
+            built=describe_constructor(model, attributes),
+        )
+
+    def _encoded_spaces(self) -> dict[str, Any] | None:
+        spaces = self._model.observation_space, self._model.action_space
+        if self._spaces is None or any(old is not new for old, new in zip(self._spaces[0], spaces, strict=True)):
+            self._spaces = spaces, _encoded(*spaces)
+        return self._spaces[1]
 
 
-def _encoded_spaces(model: BaseAlgorithm) -> dict[str, Any] | None:
+def _encoded(observation: Any, action: Any) -> dict[str, Any] | None:
     try:
-        return {"observation": encode_space(model.observation_space), "action": encode_space(model.action_space)}
+        return {"observation": encode_space(observation), "action": encode_space(action)}
     except NotPlainError as error:
         logger.debug("The checkpoint cannot be loaded without an environment: %s", error)
         return None
+
+
+def _copied_infos(model: Any) -> dict[str, Any]:
+    """Return copies of what SB3 keeps of the last episodes: deques, but ARS has lists."""
+    buffers = {key: getattr(model, key, None) for key in _INFO_BUFFERS}
+    return {
+        key: deque(map(copy.copy, buffer), buffer.maxlen) if isinstance(buffer, deque) else copy.deepcopy(buffer)
+        for key, buffer in buffers.items()
+    }
 
 
 def restore_model(
@@ -161,13 +206,6 @@ def restore_model(
         model.policy.reset_noise()  # type: ignore[operator]
 
 
-def dump_tensors(value: Any) -> bytes:
-    """Return what `torch.save` writes for a state dict."""
-    buffer = io.BytesIO()
-    th.save(value, buffer)
-    return buffer.getvalue()
-
-
 def all_finite(model: BaseAlgorithm) -> bool:
     """Return whether every parameter is a number: a diverged policy must not become the newest checkpoint."""
     return all(bool(th.isfinite(parameter).all()) for parameter in model.policy.parameters())
@@ -181,28 +219,14 @@ def _restore_optimizer(optimizer: th.optim.Optimizer, state: Mapping[str, Any]) 
         group.update(own)
 
 
-def _clone(value: Any, memo: dict[tuple[Any, ...], th.Tensor]) -> Any:
-    if isinstance(value, th.Tensor):
-        # A CNN lists its shared extractor three times: clone it once, so that torch.save writes it once.
-        key = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
-        if key not in memo or value.numel() == 0:
-            memo[key] = value.detach().clone()
-        return memo[key]
-    if isinstance(value, dict):
-        return type(value)((key, _clone(item, memo)) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return type(value)(_clone(item, memo) for item in value)
-    return value
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Turn numpy scalars and arrays into JSON values."""
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, (bool, int, float, str)) or value is None:
         return value
     return str(value)

@@ -26,7 +26,7 @@ def capture(model: BaseAlgorithm) -> State:
     """
     version, words, gauss = random.getstate()
     state: State = {
-        "python": {"version": version, "words": np.array(words, dtype=np.uint32), "gauss": gauss},
+        "python": {"version": version, "words": np.fromiter(words, np.uint32, len(words)), "gauss": gauss},
         "numpy": np.random.get_state(legacy=False),
         "torch": th.get_rng_state().numpy().copy(),
         "action_space": [_generator_state(space) for space in _parts(model.action_space)],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterable
@@ -19,20 +18,6 @@ from sb3_mlflow_ckpt.tree import NotPlainError
 logger = logging.getLogger(__name__)
 
 
-class _HashedFile:
-    """A file whose content is hashed and counted while it is written."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-        self.bytes = 0
-
-    def write(self, content: bytes) -> int:
-        self.digest.update(content)
-        self.bytes += len(content)
-        return self._file.write(content)
-
-
 def write_rows(rows: ChunkRows, span: Span, folder: RunFolder, token: str) -> Chunk:
     """Write rows as a chunk of a run; when this returns it survives a power cut.
 
@@ -42,14 +27,14 @@ def write_rows(rows: ChunkRows, span: Span, folder: RunFolder, token: str) -> Ch
     name = chunk_name(span.start, span.end, token)
     path, reason = folder.chunk(name), ""
     with atomic.staged(path) as (file, temporary):
-        hashed = _HashedFile(file)
+        hashed = atomic.HashedFile(file)
         try:
             write_chunk(cast("IO[bytes]", hashed), rows)
         except NotPlainError as error:
             reason = f"the infos of the replay buffer are not kept ({error})"
             write_chunk(cast("IO[bytes]", hashed), replace(rows, infos=None))
     atomic.commit(temporary, path)
-    return Chunk(name, span.start, span.end, hashed.bytes, hashed.digest.hexdigest(), reason)
+    return Chunk(name, span.start, span.end, hashed.bytes, hashed.sha256, reason)
 
 
 def take_over(chunks: Iterable[Chunk], source: Path | None, folder: RunFolder) -> set[str]:
@@ -95,9 +80,9 @@ def _has_size(path: Path, chunk: Chunk) -> bool:
 
 def _copy(source: Path, path: Path, chunk: Chunk) -> None:
     with open(source, "rb") as original, atomic.staged(path) as (file, temporary):
-        hashed = _HashedFile(file)
+        hashed = atomic.HashedFile(file)
         while piece := original.read(1 << 20):
             hashed.write(piece)
-        if hashed.digest.hexdigest() != chunk.sha256:
+        if hashed.sha256 != chunk.sha256:
             raise OSError(f"{source} differs from what its checkpoint says")
     atomic.commit(temporary, path)

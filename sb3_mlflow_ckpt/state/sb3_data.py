@@ -1,0 +1,100 @@
+"""Owns the member `data` of a checkpoint's zip, SB3's own JSON of everything that is no tensor.
+
+The training thread copies values; they become text, pickles and all, in the thread that writes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, TypeAlias
+
+import gymnasium
+import numpy as np
+import torch as th
+from stable_baselines3.common.save_util import data_to_json
+
+Data: TypeAlias = Callable[[], str]
+"""Returns the member's content: to be called once, by the thread that writes."""
+
+_IMMUTABLE = (
+    *(type(None), bool, int, float, complex, str, bytes, type, Enum, np.generic, np.dtype, th.dtype, th.device),
+    *(FunctionType, BuiltinFunctionType),
+    # Its own random state aside, which a loaded model does not go on with.
+    gymnasium.Space,
+)
+# What stands for the same text as long as it is the same object. A function may refer to what changes.
+_CONSTANT = (type, gymnasium.Space)
+_PLAIN = frozenset({type(None), bool, int, float, str})
+_SB3 = ("stable_baselines3", "sb3_contrib")
+
+
+class DataRecorder:
+    """Captures a model's attributes again and again; what cannot change between is turned into text once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Any, Any]] = {}
+
+    def capture(self, attributes: Mapping[str, Any], copied: Mapping[str, Any] | None = None) -> Data:
+        """Return what will render attributes as they are now.
+
+        Args:
+            attributes: The values by name.
+            copied: Those that are copies already.
+        """
+        copies, rendered = dict(copied or {}), dict[str, Any]()
+        for name, value in attributes.items():
+            if name in copies:
+                continue
+            try:
+                copies[name] = _copied(value)
+            except Exception:
+                # What cannot be copied may change while it is pickled, so that cannot wait.
+                rendered |= _entries({name: value})
+        return lambda: self._render(attributes.keys(), copies, rendered)
+
+    def _render(self, names: Iterable[str], copies: Mapping[str, Any], rendered: Mapping[str, Any]) -> str:
+        changing = {name: value for name, value in copies.items() if not isinstance(value, _CONSTANT)}
+        constant = {name: self._constant(name, value) for name, value in copies.items() if name not in changing}
+        entries = {**rendered, **constant, **_entries(changing)}
+        return json.dumps({name: entries[name] for name in names}, indent=4)
+
+    def _constant(self, name: str, value: Any) -> Any:
+        known = self._known.get(name)
+        if known is None or known[0] is not value:
+            known = self._known[name] = value, _entries({name: value})[name]
+        return known[1]
+
+
+def _entries(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what SB3's JSON says of attributes."""
+    plain = {name: value for name, value in attributes.items() if type(value) in _PLAIN}
+    others = {name: value for name, value in attributes.items() if name not in plain}
+    return {**plain, **json.loads(data_to_json(others))}
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy that shares nothing which changes; copy.Error where only a pickle of it is one."""
+    if isinstance(value, _IMMUTABLE):
+        return value
+    kind = type(value)
+    if kind is np.ndarray and not value.dtype.hasobject:
+        return value.copy()
+    if kind is th.Tensor:
+        return value.detach().clone()
+    if kind is dict:
+        return {key: item if type(item) in _PLAIN else _copied(item) for key, item in value.items()}
+    if kind in (list, tuple, set, frozenset):
+        return kind(map(_copied, value))
+    if kind is deque:
+        return deque(map(_copied, value), value.maxlen)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return kind(*map(_copied, value))
+    if kind.__module__.partition(".")[0] in _SB3 and not isinstance(value, th.nn.Module):
+        # Schedules and noise, small ones.
+        return copy.deepcopy(value)
+    raise copy.Error(f"{kind} is not copied")
