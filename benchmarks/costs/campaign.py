@@ -8,15 +8,15 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-
 from pathlib import Path
 from typing import Any
 
 from mlflow_server import MlflowServer
 from processes import environment
 
-from costs.methods import METHODS, Place
+from costs.methods import METHODS
 from costs.policies import POLICIES
+from costs.saving import Place
 from costs.training import Task, work
 
 _FORKS = multiprocessing.get_context("forkserver")
@@ -148,6 +148,3 @@ def interleaved(
 def tell(line: str) -> None:
     """Say on standard error how far it is."""
     print(line, file=sys.stderr, flush=True)
-
-
-

@@ -64,7 +64,7 @@ Each is a process of its own, in turns with the one that it is compared with. Th
 One more checkpoint is written at the end and at the beginning of a run of a tiny policy that keeps all of them.
 
 {start_up}
-"""
+"""  # noqa: E501 # a table
 _NOT_MEASURED = "Not measured."
 
 

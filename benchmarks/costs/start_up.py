@@ -21,7 +21,7 @@ from sb3_mlflow_ckpt import EpisodeCheckpointCallback, latest_checkpoint
 
 _COMMAND = (sys.executable, "-m", "sb3_mlflow_ckpt")
 _AGENT, _RUN, _CHECKPOINT = "ppo_agent", "parent", "ep000010.zip"
-_BLOCK = 0.05
+_BLOCK, _COLD = 0.05, 10
 _SCRIPT = """
 import sys
 import gymnasium
@@ -74,18 +74,18 @@ def make_checkpoints(connection: Connection, folder: Path, count: int) -> None:
     model.learn(10**12, callback=CallbackList([every, callback]))
     gaps = [after - before for before, after in zip(every.times, every.times[1:], strict=False)]
     block = max(2, int(_BLOCK * count))
-    connection.send([statistics.median(gaps[:block]), statistics.median(gaps[-block:])])
+    # The first few find everything cold.
+    connection.send([statistics.median(gaps[_COLD : _COLD + block]), statistics.median(gaps[-block:])])
 
 
 def commands(stores: Stores, many: Path) -> dict[str, Sequence[str]]:
     """Make what there is to resume; return the commands that are timed."""
-    wrapped = ("--env-wrappers", "[costs.first_step:ends_process]", "--device", "cpu", "--total-timesteps", "1000000")
+    wrapped = ("--env-wrappers", "[costs.first_step:ends_process]", "--total-timesteps", "1000000")
     apart = ("--mlflow", "false", "--checkpoint-dir", f"{stores.folder}/runs")
     server = ("--tracking-uri", stores.server, "--checkpoint-dir", f"{stores.folder}/runs-server")
-    parent = ("--run-id", _RUN, "--agent-id", _AGENT, "--total-timesteps", "2000", "--checkpoint-interval-episodes", "10")
-    everything = ("--keep-last-n-checkpoints", "0", "--device", "cpu")
-    train = (*_COMMAND, "train")
-    _run((*train, *apart, *parent, *everything), stores.folder)
+    parent = ("--total-timesteps", "2000", "--checkpoint-interval-episodes", "10", "--keep-last-n-checkpoints", "0")
+    train = (*_COMMAND, "train", "--agent-id", _AGENT, "--device", "cpu")
+    _run((*train, *apart, *parent, "--run-id", _RUN), stores.folder)
     path = f"{stores.folder}/runs/{_AGENT}/{_RUN}/{_CHECKPOINT}"
     found: dict[str, Sequence[str]] = {
         "click": (sys.executable, "-c", "import click"),
@@ -97,7 +97,7 @@ def commands(stores: Stores, many: Path) -> dict[str, Sequence[str]]:
         "resume": (*train, *apart, *wrapped, "--resume-from-checkpoint", path),
     }
     if stores.server:
-        _run((*train, *server, *parent[2:], *everything), stores.folder)
+        _run((*train, *server, *parent), stores.folder)
         [zip_file] = Path(f"{stores.folder}/runs-server/{_AGENT}").glob(f"*/{_CHECKPOINT}")
         uri = f"runs:/{zip_file.parent.name}/checkpoints/{_CHECKPOINT}"
         found["fresh-server"] = (*train, *server, *wrapped)
@@ -134,9 +134,13 @@ def start_up(stores: Stores, options: Any) -> Iterator[dict[str, Any]]:
         "own": [figures["seconds"] for figures in latest], "other": [],
     }  # fmt: skip
     ways = commands(stores, many)
+
+    def once(name: str) -> dict[str, float]:
+        return _clocked(lambda: _run(ways[name], stores.folder))
+
     for what, (own, other) in PAIRS.items():
         if own in ways:
-            pairs = interleaved(lambda name: _clocked(lambda: _run(ways[name], stores.folder)), other, [own], options.rounds)
+            pairs = interleaved(once, other, [own], options.rounds)
             tell(f"start-up: {what}")
             yield {
                 "names": [own, other], "what": what, "against": TITLES[other],

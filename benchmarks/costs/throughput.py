@@ -15,7 +15,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 
 from costs.campaign import Stores, Worker, interleaved
-from costs.methods import SaveMLflow, SaveMLflowServer, saved
+from costs.saving import SaveMLflow, SaveMLflowServer, saved
 from sb3_mlflow_ckpt import EpisodeCheckpointCallback, MLflowMirror
 
 BASELINE = "none"

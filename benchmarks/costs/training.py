@@ -20,8 +20,9 @@ import psutil
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 
-from costs.methods import METHODS, Place, state_arrays
+from costs.methods import METHODS
 from costs.policies import POLICIES
+from costs.saving import Place, state_arrays
 
 _STEPS_BETWEEN = 1000
 _MOST_PAIRS = 30
