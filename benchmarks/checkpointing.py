@@ -53,7 +53,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _replay(options: argparse.Namespace) -> list[dict[str, Any]]:
-    command = [sys.executable, ROOT / "benchmarks" / "replay_checkpoint.py", "--json", "--fills", "0.1"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "replay_checkpoint.py"), "--json", "--fills", "0.1"]
     tell("replay buffers: benchmarks/replay_checkpoint.py")
     done = subprocess.run([*command, "--repeats", str(options.rounds)], capture_output=True, text=True, check=True)
     rows: list[dict[str, Any]] = json.loads(done.stdout)

@@ -12,6 +12,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,6 +86,7 @@ class Measuring:
             ends, pairs = time.perf_counter() + seconds, []
             while not pairs or (time.perf_counter() < ends and len(pairs) < _MOST_PAIRS):
                 pairs.append((yield from self._pair()))
+            self._tidy()
             self._connection.send(pairs)
 
     def _pair(self) -> Iterator[int]:
@@ -123,7 +125,6 @@ class Measuring:
             "peak": self._memory.peak(),
             "bytes": sum(max(0, size - before.get(file, 0)) for file, size in self._files().items()),
         }
-        self._tidy()
         return figures
 
     def _files(self) -> dict[tuple[str, int], int]:
@@ -132,12 +133,14 @@ class Measuring:
         for place in (self._task.place.folder, *self._task.artifacts):
             for folder, _, names in os.walk(place):
                 for name in names:
-                    facts = (Path(folder) / name).stat()
-                    found[f"{folder}/{name}", facts.st_ino] = facts.st_size
+                    # While they warm up, others write there.
+                    with suppress(FileNotFoundError):
+                        facts = (Path(folder) / name).stat()
+                        found[f"{folder}/{name}", facts.st_ino] = facts.st_size
         return found
 
     def _tidy(self) -> None:
-        """Remove old copies, so that no disk fills up: none is read again."""
+        """Remove old copies, so that no disk fills up: none is read again. Nobody else saves at that time."""
         own = [] if self.method.callbacks else [self._task.place.folder]
         for place in (*own, *self._task.artifacts):
             for folder, _, names in os.walk(place):
