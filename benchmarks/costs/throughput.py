@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch as th
@@ -15,16 +14,16 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 
 from costs.campaign import Stores, Worker, interleaved
-from costs.saving import SaveMLflow, SaveMLflowServer, saved
+from costs.saving import Method, Place, Save, SaveMLflow, SaveMLflowServer
 from sb3_mlflow_ckpt import EpisodeCheckpointCallback, MLflowMirror
 
 BASELINE = "none"
 INTERVALS = (0, 50, 10, 1)
-_STORES = ("no MLflow", "local store", "server")
+_SAVES: dict[str, type[Method]] = {"no MLflow": Save, "local store": SaveMLflow, "server": SaveMLflowServer}
 _WARM_UP = 512
 
 
-def modes(stores: tuple[str, ...]) -> dict[str, tuple[str, int, str]]:
+def modes(stores: Sequence[str]) -> dict[str, tuple[str, int, str]]:
     """Return name -> who saves, every how many episodes (0 is never), and where MLflow keeps it."""
     ours = {f"ours/{n}/{store}": ("EpisodeCheckpointCallback", n, store) for n in INTERVALS for store in stores}
     return ours | {f"sb3/1/{store}": ("SB3 `save`", 1, store) for store in stores}
@@ -49,52 +48,48 @@ class Clock(BaseCallback):
 
 
 class SaveEveryEpisode(BaseCallback):
-    """What a user's own callback does: `save`, and `log_artifact` where there is a client."""
+    """What a user's own callback does: `save`, and `log_artifact` where there is MLflow."""
 
-    def __init__(self, folder: Path, mlflow: SaveMLflow | None) -> None:
+    def __init__(self, method: Method) -> None:
         super().__init__()
-        self._folder, self._mlflow, self._count = folder, mlflow, 0
+        self._method = method
 
     def _on_step(self) -> bool:
         if self.locals["dones"].any():
-            self._count += 1
-            path = self._folder / f"checkpoint-{self._count}"
-            saved(self.model, path) if self._mlflow is None else self._mlflow._save(self.model, path)
+            self._method.save(self.model)
         return True
 
 
-def train(connection: Connection, stores: Any, steps: int, threads: int) -> None:
+def train(connection: Connection, place: Place, steps: int, threads: int) -> None:
     """Train once for each mode that it hears of, and tell how fast that was: the main function of the process."""
     th.set_num_threads(threads)
-    os.chdir(stores.base)
-    folder: Path = stores.folder
+    os.chdir(place.base)
     while (mode := connection.recv()) is not None:
-        folder.mkdir()
+        place.folder.mkdir()
         clock = Clock(steps)
         # The same seed and so the same episodes in each of them.
         model = PPO("MlpPolicy", "CartPole-v1", seed=0, n_steps=512, device="cpu")
-        model.learn(10**9, callback=CallbackList([*_callbacks(mode, stores), clock]))
+        model.learn(10**9, callback=CallbackList([*_callbacks(mode, place), clock]))
         connection.send({
             "seconds": clock.seconds, "episodes": clock.episodes, "end": time.perf_counter() - clock.ended,
         })  # fmt: skip
-        shutil.rmtree(folder)
+        shutil.rmtree(place.folder)
 
 
-def _callbacks(mode: str, stores: Any) -> list[BaseCallback]:
+def _callbacks(mode: str, place: Place) -> list[BaseCallback]:
     if mode == BASELINE:
         return []
     who, interval, store = mode.split("/")
     if who == "sb3":
-        kinds = {"local store": SaveMLflow, "server": SaveMLflowServer}
-        return [SaveEveryEpisode(stores.folder, kinds[store](stores) if store in kinds else None)]
-    uri = {"local store": stores.local, "server": stores.server}.get(store)
+        return [SaveEveryEpisode(_SAVES[store](place))]
+    uri = {"local store": place.local, "server": place.server}.get(store)
     mirrors = [] if uri is None else [MLflowMirror(uri)]
-    return [EpisodeCheckpointCallback(int(interval), 3, stores.folder, mirrors=mirrors, resume_state="exact")]
+    return [EpisodeCheckpointCallback(int(interval), 3, place.folder, mirrors=mirrors, resume_state="exact")]
 
 
 def throughput(stores: Stores, options: Any) -> Iterator[dict[str, Any]]:
     """Yield a row for each mode: ratios of its speed to that of a training without anything, of each pair."""
-    chosen = modes(_STORES if stores.server else _STORES[:2])
+    chosen = modes([store for store in _SAVES if stores.server or store != "server"])
     worker = Worker(train, stores.place("throughput"), options.steps, options.threads)
     try:
         worker.ask(BASELINE)
