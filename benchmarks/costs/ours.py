@@ -1,0 +1,108 @@
+"""Owns `EpisodeCheckpointCallback` as a way to save: it saves by itself, when an episode has ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from costs.saving import Method, Moment, Place
+from sb3_mlflow_ckpt import EpisodeCheckpointCallback, MLflowMirror, latest_checkpoint, verify_checkpoint
+from sb3_mlflow_ckpt.journal import RunJournal
+
+
+class Ours(Method):
+    """`EpisodeCheckpointCallback` with everything on: it saves by itself, at the safe point after an episode's end."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        self._written = Moment()
+        self._callback = _TimedCallback(self, 1, 3, place.folder, mirrors=[self._mirror(place)], resume_state="exact")
+        self.callbacks = (self._callback,)
+
+    def _mirror(self, place: Place) -> Any:
+        return _Watch(self.saved)
+
+    def save(self, model: Any) -> None:
+        """Do nothing but forget the last one: the callback sees the end of the episode."""
+        self._written.forget()
+        self._count += 1
+
+    def saved(self, journal: RunJournal) -> None:
+        """Hear that the mirror has what is in the journal, whose `saved` follows a commit."""
+        ledger = journal.snapshot()
+        if len(ledger.saved) >= self._count and not (self._uploads and ledger.waiting):
+            self._written.note()
+
+    _uploads = False
+
+    def taken(self, seconds: float) -> None:
+        """Hear how long the training thread was held."""
+        self.stall = seconds
+
+    def wait(self) -> float:
+        ended = self._written.wait()
+        if self._count == 1:
+            latest = latest_checkpoint(self._folder)
+            assert latest is not None and verify_checkpoint(latest).resume_state["exact"], "It must be exact"
+        return ended
+
+
+class OursMLflow(Ours):
+    """The same, with MLflowMirror."""
+
+    _uploads = True
+
+    def _mirror(self, place: Place) -> Any:
+        return _timed_mirror(self.saved, place.local)
+
+
+class OursMLflowServer(OursMLflow):
+    """The same, to a server."""
+
+    def _mirror(self, place: Place) -> Any:
+        return _timed_mirror(self.saved, place.server)
+
+
+class _TimedCallback(EpisodeCheckpointCallback):
+    def __init__(self, method: Ours, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._method = method
+
+    def _take(self, point: Any) -> None:
+        began = time.perf_counter()
+        super()._take(point)
+        self._method.taken(time.perf_counter() - began)
+
+
+class _Watch:
+    """A mirror that keeps nothing: it is told of each commit as mirrors are."""
+
+    name, stores_checkpoints = "benchmark", False
+
+    def __init__(self, hear: Callable[[RunJournal], None]) -> None:
+        self.replicate = hear
+
+    def open(self, record: Mapping[str, Any]) -> None:
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+    def tell_end(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def cancel(self, status: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _timed_mirror(hear: Callable[[RunJournal], None], uri: str) -> MLflowMirror:
+    class Timed(MLflowMirror):
+        def replicate(self, journal: RunJournal) -> None:
+            super().replicate(journal)
+            hear(journal)
+
+    return Timed(uri)
