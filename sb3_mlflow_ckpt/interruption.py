@@ -17,8 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -70,6 +69,21 @@ def _commanded() -> bool:
     return any(isinstance(listener, CommandGuard) for listener in watch.listeners)
 
 
+class _Hold:
+    """Counts the blocks that must not be interrupted: entered at every step, so it does nothing else."""
+
+    __slots__ = ("depth",)
+
+    def __init__(self) -> None:
+        self.depth = 0
+
+    def __enter__(self) -> None:
+        self.depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        self.depth -= 1
+
+
 class SignalGuard:
     """Turns a signal into a flag while a training runs, and sees to it that the process ends within its grace period.
 
@@ -101,7 +115,7 @@ class SignalGuard:
         self._stuck = stuck
         self._enabled = enabled
         self._since = 0.0
-        self._held = 0
+        self._hold = _Hold()
         self._hurried = self._nudged = False
         self._lock = threading.RLock()
         self._ended = threading.Event()
@@ -137,14 +151,9 @@ class SignalGuard:
             # It is on its way out, with the exit code of the first signal.
             watch.ignore()
 
-    @contextmanager
-    def hold(self) -> Iterator[None]:
+    def hold(self) -> _Hold:
         """Let nothing be interrupted within the block."""
-        self._held += 1
-        try:
-            yield
-        finally:
-            self._held -= 1
+        return self._hold
 
     def heard(self, signum: int) -> None:
         """Take note of a signal; the first one starts the clock."""
@@ -159,7 +168,7 @@ class SignalGuard:
         nudged, self._nudged = self._nudged, False
         if not nudged and time.monotonic() - self._since > _SAME_SECONDS:
             self._hurried = True
-        if self.overdue and self._held == 0 and not self._ended.is_set():
+        if self.overdue and self._hold.depth == 0 and not self._ended.is_set():
             self._overdue(frame)
 
     def _share(self) -> float:

@@ -101,6 +101,8 @@ class RunJournal:
             self.ledger.apply(event)
         # Lines that the disk refused; they go before the next one.
         self._refused: list[dict[str, Any]] = []
+        # The file that was read last and found to be of this attempt.
+        self._own_record: tuple[int, ...] | None = None
         self._record: dict[str, Any] = read_record(folder) if folder.record.exists() else {}
         last_points = _last_points(folder.metrics)
         self._curve_end = max((steps for steps, _ in last_points), default=-1)
@@ -199,7 +201,17 @@ class RunJournal:
     def waiting_for_mirror(self) -> set[int]:
         """Return the episodes that are on disk and were never mirrored."""
         with self._lock:
-            return self.ledger.waiting
+            return set(self.ledger.waiting)
+
+    def newest_mirrored(self, *further: int) -> int | None:
+        """Return the episode in the mirror, or of some further ones, that was saved last."""
+        with self._lock:
+            return self.ledger.newest_mirrored(*further)
+
+    def on_disk(self) -> CheckpointLedger:
+        """Return a copy of the ledger as far as it tells of checkpoints that are on disk."""
+        with self._lock:
+            return self.ledger.copy_of_disk()
 
     def snapshot(self) -> CheckpointLedger:
         """Return a copy of the ledger as it stands; `ledger` itself goes on changing under other threads."""
@@ -245,8 +257,25 @@ class RunJournal:
         self.make_sure()
         atomic.write_bytes(self.folder.record, atomic.dump_json(self._record))
 
+    def _record_identity(self) -> tuple[int, ...] | None:
+        try:
+            found = self.folder.record.lstat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
     def _superseded(self) -> bool:
         """Return whether a later attempt has written the record: a lock is no fence where a file system has none."""
+        # Asked at every line that is written: a file that was read already says what it said. Looked at before it is
+        # read, so that one which is exchanged in between is read again.
+        identity = self._record_identity()
+        if identity is not None and identity == self._own_record:
+            return False
+        superseded = self._is_of_later_attempt()
+        self._own_record = None if superseded else identity
+        return superseded
+
+    def _is_of_later_attempt(self) -> bool:
         try:
             found = read_record(self.folder)
         except (CheckpointError, OSError):

@@ -77,6 +77,8 @@ class CheckpointLedger:
         uris: The address of each mirrored checkpoint, by episode, in the order of the uploads.
         retired: The episodes whose copy the mirror's retention removed; they are not sent again.
         pruned: The episodes whose files were removed.
+        on_disk: The episodes of `saved` that are not in `pruned`, in the same order.
+        waiting: Those of them that were never mirrored.
     """
 
     def __init__(self) -> None:
@@ -84,13 +86,30 @@ class CheckpointLedger:
         self.uris: dict[int, str] = {}
         self.retired: set[int] = set()
         self.pruned: set[int] = set()
+        # Kept, not worked out: asked for at every checkpoint, of however many that were saved before it.
+        self.on_disk: dict[int, None] = {}
+        self.waiting: set[int] = set()
 
     def copy(self) -> CheckpointLedger:
         """Return a ledger of its own with the same facts."""
         ledger = CheckpointLedger()
         ledger.saved, ledger.uris = dict(self.saved), dict(self.uris)
         ledger.retired, ledger.pruned = set(self.retired), set(self.pruned)
+        ledger.on_disk, ledger.waiting = dict(self.on_disk), set(self.waiting)
         return ledger
+
+    def copy_of_disk(self) -> CheckpointLedger:
+        """Return a ledger of its own that knows the checkpoints on disk, and no others."""
+        ledger = CheckpointLedger()
+        ledger.saved = {episode: self.saved[episode] for episode in self.on_disk}
+        ledger.uris = {episode: self.uris[episode] for episode in self.on_disk if episode in self.uris}
+        ledger.retired = {episode for episode in self.on_disk if episode in self.retired}
+        ledger.on_disk, ledger.waiting = dict(self.on_disk), set(self.waiting)
+        return ledger
+
+    def newest_mirrored(self, *further: int) -> int | None:
+        """Return the episode in the mirror, or of some further ones, that was saved last."""
+        return next((e for e in reversed(self.saved) if e in self.uris or e in further), None)
 
     def apply(self, event: Mapping[str, Any]) -> int | None:
         """Take one line in; return its episode, or None for a line that is not understood."""
@@ -121,7 +140,19 @@ class CheckpointLedger:
             self.pruned.add(episode)
         else:
             return None
+        self._place(episode, is_new=kind == "saved")
         return episode
+
+    def _place(self, episode: int, *, is_new: bool) -> None:
+        present = episode in self.saved and episode not in self.pruned
+        if is_new or not present:
+            self.on_disk.pop(episode, None)
+        if is_new and present:
+            self.on_disk[episode] = None
+        if present and episode not in self.uris and episode not in self.retired:
+            self.waiting.add(episode)
+        else:
+            self.waiting.discard(episode)
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Yield lines that tell what this ledger holds."""
@@ -133,11 +164,6 @@ class CheckpointLedger:
         for kind, episodes in (("unmirrored", self.retired), ("pruned", self.pruned)):
             for episode in sorted(episodes):
                 yield {"event": kind, "episode": episode}
-
-    @property
-    def waiting(self) -> set[int]:
-        """The episodes that are on disk and were never mirrored."""
-        return set(self.saved) - set(self.uris) - self.pruned - self.retired
 
 
 def _facts_on_disk(folder: RunFolder, episode: int) -> dict[str, Any]:

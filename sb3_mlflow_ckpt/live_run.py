@@ -21,12 +21,12 @@ from sb3_mlflow_ckpt.errors import CheckpointError, RunFolderTakenError, RunTake
 from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.leases import Lease, sweep_leases
-from sb3_mlflow_ckpt.ledger import committed_episodes
+from sb3_mlflow_ckpt.ledger import CheckpointLedger, committed_episodes
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, timestamp, timestamp_now
 from sb3_mlflow_ckpt.ownership import TIDYING_SECONDS
-from sb3_mlflow_ckpt.pins import pinned_episodes, sweep_pins
+from sb3_mlflow_ckpt.pins import sweep_pins
 from sb3_mlflow_ckpt.policies import MirrorBacklog, Retention
-from sb3_mlflow_ckpt.pruning import NOT_MIRRORED, PINNED, evict, saved_checkpoints
+from sb3_mlflow_ckpt.pruning import NOT_MIRRORED, evict, saved_checkpoints
 from sb3_mlflow_ckpt.replay_sweep import ChunkSweeper
 from sb3_mlflow_ckpt.replication import Mirror, Replicator, close_all
 from sb3_mlflow_ckpt.runs.document import TERMINAL_STATUSES, redact_all
@@ -304,10 +304,7 @@ class LiveRun:
             self._prune_now()
 
     def _prune_now(self) -> None:
-        ledger = self._journal.snapshot()
-        protected = {PINNED: pinned_episodes(self.folder), NOT_MIRRORED: self._waiting_for_mirror()}
-        saved = saved_checkpoints(ledger, set(ledger.saved) - ledger.pruned)
-        for episode in self._options.retention.removable(saved, protected):
+        for episode in self._removable():
             try:
                 if evict(self.folder, episode) is not None:
                     continue  # A resume reads it, or it was pinned just now: its turn comes again.
@@ -318,12 +315,18 @@ class LiveRun:
         # Also what a checkpoint that was saved again, or one that failed, leaves behind.
         self._chunks.sweep()
 
-    def _waiting_for_mirror(self) -> set[int]:
+    def _removable(self) -> list[int]:
+        if self._options.retention.keeps_all:
+            return []
+        # Those that went long ago are not looked at: one more checkpoint costs the same after ten thousand.
+        ledger = self._journal.on_disk()
+        saved = saved_checkpoints(ledger, ledger.on_disk)
+        return self._options.retention.removable(saved, {NOT_MIRRORED: self._waiting_for_mirror(ledger)})
+
+    def _waiting_for_mirror(self, ledger: CheckpointLedger) -> set[int]:
         if not self._mirrored:
             return set()
-        ledger = self._journal.snapshot()
-        waiting = ledger.waiting
-        protected, given_up = self._options.backlog.split([episode for episode in ledger.saved if episode in waiting])
+        protected, given_up = self._options.backlog.split([e for e in ledger.on_disk if e in ledger.waiting])
         if given_up - self._gave_up:
             logger.error(
                 "%d checkpoints wait for MLflow, more than max_unmirrored_checkpoints allows: "

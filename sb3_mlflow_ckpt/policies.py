@@ -50,6 +50,11 @@ class Retention:
     best_n: int = 0
     every_n_episodes: int = 0
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is ever removable."""
+        return self.last_n <= 0
+
     def reasons(
         self, saved: Sequence[SavedCheckpoint], protected: Mapping[str, Collection[int]] | None = None
     ) -> dict[int, tuple[str, ...]]:

@@ -53,7 +53,7 @@ def saved_checkpoints(ledger: CheckpointLedger, episodes: Collection[int]) -> li
     One that a repair took up again was committed when its timestamp says, not when it was repaired.
     """
     ordered: list[Mapping[str, Any]] = []
-    facts = [facts for episode, facts in ledger.saved.items() if episode in episodes]
+    facts = [ledger.saved[episode] for episode in ledger.on_disk if episode in episodes]
     for saved in sorted(facts, key=lambda facts: bool(facts.get("adopted"))):
         at = len(ordered)
         if saved.get("adopted"):
@@ -71,10 +71,12 @@ def evict(folder: RunFolder, episode: int) -> str | None:
     Raises:
         OSError: It cannot be removed.
     """
+    if is_pinned(folder.model(episode)):
+        return PINNED
     with removable(folder.model(episode)) as free:
         if not free:
             return IN_USE
-        # Whoever pins holds a lease meanwhile: from here on no pin can come.
+        # Once more: whoever pins holds a lease meanwhile, so that from here on no pin can come.
         if is_pinned(folder.model(episode)):
             return PINNED
         remove_checkpoint(folder, episode)

@@ -82,7 +82,10 @@ class ChunkSweeper:
         """Return the chunks that nothing needs: no checkpoint, none that was set aside, and no resume."""
         if self._unknown:
             return []
-        orphans = self._names() - frozenset().union(*self._needed.values())
+        names = self._names()
+        if not names:
+            return []  # Without a replay buffer there are none, however many checkpoints there are.
+        orphans = names - frozenset().union(*self._needed.values())
         if orphans and leased_episodes(self._folder):
             return []  # A resume may still read what an episode that was saved again needed before.
         return sorted(orphans - self._set_aside()) if orphans else []

@@ -36,6 +36,9 @@ class BackgroundWriter:
 
     def failure(self) -> BaseException | None:
         """Return the oldest failure that was not returned yet, or None."""
+        # Asked at every step: a look costs a tenth of an exception.
+        if self._failures.empty():
+            return None
         try:
             return self._failures.get_nowait()
         except queue.Empty:

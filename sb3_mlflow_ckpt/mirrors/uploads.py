@@ -75,7 +75,7 @@ class Uploads:
             self._put(model, model.name)
             self._put(metadata, metadata.name)
             artifact = f"{ARTIFACT_FOLDER}/{model.name}"
-            if episode == _in_order_of_saving(journal, episode)[-1]:
+            if episode == journal.newest_mirrored(episode):
                 self._client.set_tag(self.run_id, LATEST_TAG, artifact)
             journal.add_mirrored(episode, f"runs:/{self.run_id}/{artifact}", sha256)
             sent.append(model.name)
@@ -83,6 +83,8 @@ class Uploads:
 
     def prune(self, journal: RunJournal) -> None:
         """Remove the copies that are too old, and the chunks that no copy needs any more."""
+        if self._retention.keeps_all:
+            return
         saved = journal.snapshot().saved
         copies = [SavedCheckpoint(e, saved[e].get("mean_reward")) for e in _in_order_of_saving(journal)]
         removable = self._retention.removable(copies, {"pinned": pinned_episodes(journal.folder)})
@@ -137,11 +139,11 @@ def _is_own_chunk(journal: RunJournal, name: str) -> bool:
 
 def latest_artifact(journal: RunJournal) -> str | None:
     """Return the artifact of the newest checkpoint that MLflow has."""
-    episodes = _in_order_of_saving(journal)
-    return f"{ARTIFACT_FOLDER}/{journal.folder.model(episodes[-1]).name}" if episodes else None
+    episode = journal.newest_mirrored()
+    return None if episode is None else f"{ARTIFACT_FOLDER}/{journal.folder.model(episode).name}"
 
 
-def _in_order_of_saving(journal: RunJournal, *further: int) -> list[int]:
+def _in_order_of_saving(journal: RunJournal) -> list[int]:
     """Return the episodes in MLflow, the newest last: one that was sent again is as old as it was."""
     ledger = journal.snapshot()
-    return [episode for episode in ledger.saved if episode in ledger.uris or episode in further]
+    return [episode for episode in ledger.saved if episode in ledger.uris]
