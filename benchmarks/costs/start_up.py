@@ -21,7 +21,7 @@ from sb3_mlflow_ckpt import EpisodeCheckpointCallback, latest_checkpoint
 
 _COMMAND = (sys.executable, "-m", "sb3_mlflow_ckpt")
 _AGENT, _RUN, _CHECKPOINT = "ppo_agent", "parent", "ep000010.zip"
-_BLOCK, _COLD = 0.05, 10
+_BLOCK, _COLD = 0.05, 128
 _SCRIPT = """
 import sys
 import gymnasium
@@ -68,14 +68,15 @@ def make_checkpoints(connection: Connection, folder: Path, count: int) -> None:
     th.set_num_threads(1)
     _, walk = POLICIES["mlp"].build(0)
     small = {"net_arch": [4], "optimizer_class": th.optim.SGD}
-    model = PPO("MlpPolicy", walk, n_steps=1024, batch_size=1024, n_epochs=1, policy_kwargs=small, device="cpu")
+    model = PPO("MlpPolicy", walk, n_steps=64, batch_size=64, n_epochs=1, policy_kwargs=small, device="cpu")
     every = _Every(walk, count)
     callback = EpisodeCheckpointCallback(1, 0, folder, agent_id=_AGENT, run_id="many")
     model.learn(10**12, callback=CallbackList([every, callback]))
     gaps = [after - before for before, after in zip(every.times, every.times[1:], strict=False)]
     block = max(2, int(_BLOCK * count))
-    # The first few find everything cold.
-    connection.send([statistics.median(gaps[_COLD : _COLD + block]), statistics.median(gaps[-block:])])
+    # The first find everything cold, and SB3's window of the last episodes, which is saved as well, not full.
+    cold = min(_COLD, count // 4)
+    connection.send([statistics.median(gaps[cold : cold + block]), statistics.median(gaps[-block:])])
 
 
 def commands(stores: Stores, many: Path) -> dict[str, Sequence[str]]:
