@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,21 @@ TITLES = {
 
 
 class _Every(BaseCallback):
-    """Ends an episode with every step, until there are enough checkpoints."""
+    """Ends an episode with every step, until there are enough checkpoints.
 
-    def __init__(self, walk: Any, count: int) -> None:
+    The times are no attribute: what a callback holds is in each checkpoint, and a list that grows is not what is
+    measured.
+    """
+
+    def __init__(self, walk: Any, count: int, tell: Callable[[float], object]) -> None:
         super().__init__()
-        self._walk, self._count, self.times = walk, count, [time.perf_counter()]
+        self._walk, self._left, self._tell = walk, count, tell
 
     def _on_step(self) -> bool:
-        self.times.append(time.perf_counter())
+        self._tell(time.perf_counter())
         self._walk.ends = True
-        return len(self.times) <= self._count
+        self._left -= 1
+        return self._left > 0
 
 
 def make_checkpoints(connection: Connection, folder: Path, count: int) -> None:
@@ -69,10 +75,11 @@ def make_checkpoints(connection: Connection, folder: Path, count: int) -> None:
     _, walk = POLICIES["mlp"].build(0)
     small = {"net_arch": [4], "optimizer_class": th.optim.SGD}
     model = PPO("MlpPolicy", walk, n_steps=64, batch_size=64, n_epochs=1, policy_kwargs=small, device="cpu")
-    every = _Every(walk, count)
+    times = [time.perf_counter()]
+    every = _Every(walk, count, times.append)
     callback = EpisodeCheckpointCallback(1, 0, folder, agent_id=_AGENT, run_id="many")
     model.learn(10**12, callback=CallbackList([every, callback]))
-    gaps = [after - before for before, after in zip(every.times, every.times[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(times)]
     block = max(2, int(_BLOCK * count))
     # The first find everything cold, and SB3's window of the last episodes, which is saved as well, not full.
     cold = min(_COLD, count // 4)
