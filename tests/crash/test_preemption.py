@@ -208,8 +208,9 @@ def test_a_save_that_is_under_way_is_finished_and_the_last_state_saved_after_it(
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         training.send(signum)
     training.release()
-    # Which of several came first is not known where they come at once: then the lowest number counts.
-    assert training.end() in (130, 143)
+    # Which of several is heard first is the system's choice where they come at once: it notes the later ones first,
+    # and a busy machine may stop it in between.
+    assert training.end() in (130, 138, 143)
     record = training.assert_interrupted()
     saved = [path.name for path in list_checkpoints(training.checkpoint_dir)]
     assert "ep000020.zip" in saved
