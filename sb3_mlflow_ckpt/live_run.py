@@ -307,7 +307,7 @@ class LiveRun:
         for episode in self._removable():
             try:
                 if evict(self.folder, episode) is not None:
-                    continue  # A resume reads it, or it was pinned just now: its turn comes again.
+                    continue  # A resume reads it, or it is pinned: its turn may come again.
                 self._chunks.discard(episode)
                 self._journal.add_pruned(episode)
             except OSError as error:

@@ -63,6 +63,11 @@ class Preempted:
         """Send it a signal."""
         os.killpg(self.process.pid, signum) if to_group else self.process.send_signal(signum)
 
+    @property
+    def threads(self) -> int:
+        """How many threads it has."""
+        return psutil.Process(self.process.pid).num_threads()
+
     def end(self) -> int:
         """Wait for its end; return its exit code, once none of its processes is left."""
         children = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
