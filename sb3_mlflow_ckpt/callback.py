@@ -25,6 +25,7 @@ from sb3_mlflow_ckpt.errors import (
 from sb3_mlflow_ckpt.interruption import DEFAULT_GRACE_SECONDS, ExitGuard, SignalGuard
 from sb3_mlflow_ckpt.layout import RunFolder, check_id
 from sb3_mlflow_ckpt.live_run import LiveRun, RunOptions
+from sb3_mlflow_ckpt.mirror_process import DEFAULT_AFTER_SECONDS
 from sb3_mlflow_ckpt.origins import lease_of, note_origin
 from sb3_mlflow_ckpt.policies import EveryNEpisodes, MirrorBacklog, Retention
 from sb3_mlflow_ckpt.replication import Mirror
@@ -73,6 +74,8 @@ class EpisodeCheckpointCallback(BaseCallback):
         heartbeat_seconds: How often the record says that the run lives.
         sync_timeout_seconds: How long the end waits for a mirror that is behind.
         max_unmirrored_checkpoints: Checkpoints that an outage may keep on disk beyond keep_last_n_checkpoints.
+        mirror_process_seconds: After how many seconds of training each mirror works in a process of its own, which
+            takes less time from the training than a thread; infinity keeps it in a thread.
         verbose: SB3's verbosity.
 
     Raises:
@@ -102,6 +105,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         heartbeat_seconds: float = 10.0,
         sync_timeout_seconds: float = 60.0,
         max_unmirrored_checkpoints: int = 50,
+        mirror_process_seconds: float = DEFAULT_AFTER_SECONDS,
         verbose: int = 0,
     ) -> None:
         super().__init__(verbose)
@@ -128,6 +132,7 @@ class EpisodeCheckpointCallback(BaseCallback):
             heartbeat_seconds,
             sync_timeout_seconds,
             grace_seconds,
+            mirror_process_seconds,
         )
         self._signals = SignalGuard(grace_seconds, self._save_here, self._end_beside, enabled=handle_signals)
         self._interruption: TrainingInterrupted | None = None

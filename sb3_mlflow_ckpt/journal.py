@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,29 @@ def read_record(folder: RunFolder) -> dict[str, Any]:
     return record
 
 
+class EventFeed:
+    """The lines of a run's checkpoints as they come, for somebody who keeps a ledger of their own.
+
+    Args:
+        events: Those that came before.
+    """
+
+    def __init__(self, events: Iterable[Mapping[str, Any]]) -> None:
+        self._events = deque(events)
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Take a line in."""
+        self._events.append(event)
+
+    def take(self) -> list[Mapping[str, Any]]:
+        """Return those that were not taken yet."""
+        taken = []
+        with suppress(IndexError):
+            while True:
+                taken.append(self._events.popleft())
+        return taken
+
+
 class RunJournal:
     """The one writer of a run folder's record, curve and checkpoint ledger. Safe to call from any thread.
 
@@ -95,6 +120,7 @@ class RunJournal:
         self._lock = threading.RLock()
         self._closed = False
         self._listeners: list[Callable[[], None]] = []
+        self._feeds: list[EventFeed] = []
         self.ledger = CheckpointLedger()
         events, _ = json_lines.read_lines(folder.events)
         for event in events:
@@ -218,6 +244,18 @@ class RunJournal:
         with self._lock:
             return self.ledger.copy()
 
+    def feed(self) -> EventFeed:
+        """Return a feed of all lines: those that tell what the ledger holds, and from here on each that is added."""
+        with self._lock:
+            feed = EventFeed(self.ledger.events())
+            self._feeds.append(feed)
+            return feed
+
+    def unfeed(self, feed: EventFeed) -> None:
+        """Add no more lines to a feed."""
+        with self._lock, suppress(ValueError):
+            self._feeds.remove(feed)
+
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call `listener` (quick, from any thread) after every change."""
         self._listeners.append(listener)
@@ -238,6 +276,8 @@ class RunJournal:
         """Take a fact in, and write it down; a disk that refuses the line does not undo the fact."""
         with self._lock:
             self.ledger.apply(event)
+            for feed in self._feeds:
+                feed.add(event)
             self._refused.append(event)
             self._write_events()
         self._notify()

@@ -23,6 +23,7 @@ from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.leases import Lease, sweep_leases
 from sb3_mlflow_ckpt.ledger import CheckpointLedger, committed_episodes
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata, timestamp, timestamp_now
+from sb3_mlflow_ckpt.mirror_process import DEFAULT_AFTER_SECONDS, MirrorPlace
 from sb3_mlflow_ckpt.ownership import TIDYING_SECONDS
 from sb3_mlflow_ckpt.pins import sweep_pins
 from sb3_mlflow_ckpt.policies import MirrorBacklog, Retention
@@ -51,6 +52,7 @@ class RunOptions:
         heartbeat_seconds: How often the record says that the run lives.
         sync_timeout_seconds: How long the end waits for a mirror that is behind.
         grace_seconds: How long an end that a signal asks for may take.
+        mirror_process_seconds: When each mirror gets a process of its own.
     """
 
     retention: Retention = field(default_factory=Retention)
@@ -58,6 +60,7 @@ class RunOptions:
     heartbeat_seconds: float = 10.0
     sync_timeout_seconds: float = 60.0
     grace_seconds: float = 30.0
+    mirror_process_seconds: float = DEFAULT_AFTER_SECONDS
 
 
 class LiveRun:
@@ -102,7 +105,10 @@ class LiveRun:
         self._chunks = self._swept(folder)
         self._lease = lease
         self._writer = BackgroundWriter()
-        self._replicators = [Replicator(mirror, self._journal) for mirror in mirrors]
+        self._replicators = [
+            Replicator(mirror, self._journal, MirrorPlace(mirror, self._journal, options.mirror_process_seconds))
+            for mirror in mirrors
+        ]
         for replicator in self._replicators:
             replicator.start()
         self._ended = threading.Event()

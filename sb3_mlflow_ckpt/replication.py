@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from sb3_mlflow_ckpt.journal import RunJournal
+from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.ledger import CheckpointLedger
 from sb3_mlflow_ckpt.runs.document import redact
 
 logger = logging.getLogger(__name__)
@@ -22,6 +24,49 @@ _LONGEST_RETRY_SECONDS = 15.0
 _POLL_SECONDS = 0.2
 _SILENT_SECONDS = 2.0
 _TELL_SECONDS = 1.0
+
+
+class MirroredJournal(Protocol):
+    """What mirrors know of a run: `journal.RunJournal`, or what another process was told of it."""
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where the run is kept."""
+        ...
+
+    @property
+    def ledger(self) -> CheckpointLedger:
+        """What became of its checkpoints; it goes on changing."""
+        ...
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """A copy of its record."""
+        ...
+
+    def update(self, **fields: Any) -> None:
+        """Change fields of the record."""
+        ...
+
+    def add_mirrored(self, episode: int, uri: str, sha256: str | None) -> None:
+        """Note that a checkpoint lies whole in the mirror."""
+        ...
+
+    def add_unmirrored(self, episode: int) -> None:
+        """Note that the mirror's retention removed its copy."""
+        ...
+
+    def waiting_for_mirror(self) -> set[int]:
+        """Return the episodes that are on disk and were never mirrored."""
+        ...
+
+    def newest_mirrored(self, *further: int) -> int | None:
+        """Return the episode in the mirror, or of some further ones, that was saved last."""
+        ...
+
+    def snapshot(self) -> CheckpointLedger:
+        """Return a copy of the ledger."""
+        ...
 
 
 class Mirror(Protocol):
@@ -50,7 +95,7 @@ class Mirror(Protocol):
         """Return what the record says of the mirror after `open`, so that a later `sync` finds it again."""
         ...
 
-    def replicate(self, journal: RunJournal) -> None:
+    def replicate(self, journal: MirroredJournal) -> None:
         """Send everything that the journal has and the mirror has not. Idempotent; raises on an outage."""
         ...
 
@@ -71,17 +116,39 @@ class Mirror(Protocol):
         ...
 
 
+class Place(Protocol):
+    """Where a mirror does its work."""
+
+    def replicate(self) -> None:
+        """Do what the mirror's `replicate` does."""
+        ...
+
+    def close(self) -> None:
+        """End what is under way, wherever that is more than a thread."""
+        ...
+
+
+class _InThread:
+    def __init__(self, mirror: Mirror, journal: RunJournal) -> None:
+        self.replicate = lambda: mirror.replicate(journal)
+
+    def close(self) -> None:
+        pass
+
+
 class Replicator:
     """Runs one mirror in a daemon thread: wakes on every change of the journal, retries with a growing pause.
 
     Args:
         mirror: What to bring up to date.
         journal: The run.
+        place: Where the mirror does its work; in the thread itself where it is None.
     """
 
-    def __init__(self, mirror: Mirror, journal: RunJournal) -> None:
+    def __init__(self, mirror: Mirror, journal: RunJournal, place: Place | None = None) -> None:
         self.mirror = mirror
         self._journal = journal
+        self._place = place or _InThread(mirror, journal)
         self._changed = threading.Event()
         self._closing = threading.Event()
         self._done = threading.Event()
@@ -105,6 +172,7 @@ class Replicator:
         """Send nothing more; what is under way is not waited for."""
         self._abandoned.set()
         self._changed.set()
+        self._place.close()
 
     def close(self, timeout: float, hurry: Callable[[], bool] = lambda: False) -> bool:
         """Send what is left; return whether the mirror has everything.
@@ -127,6 +195,7 @@ class Replicator:
             self._tell_end()
         # A request may hang beyond this; when it returns, the thread must not write to a journal that is closed.
         self._abandoned.set()
+        self._place.close()
         return self._done.is_set()
 
     def _tell_end(self) -> None:
@@ -152,7 +221,7 @@ class Replicator:
             closing = self._closing.is_set()
             self._changed.clear()
             try:
-                self.mirror.replicate(self._journal)
+                self._place.replicate()
             except Exception as error:
                 if self._abandoned.is_set():
                     return

@@ -20,6 +20,7 @@ from sb3_mlflow_ckpt.mirrors.patience import Patience, answering, quick_requests
 from sb3_mlflow_ckpt.mirrors.tracked_run import TrackedRun, found_run, run_of
 from sb3_mlflow_ckpt.mirrors.uploads import Uploads, latest_artifact
 from sb3_mlflow_ckpt.policies import Retention
+from sb3_mlflow_ckpt.replication import MirroredJournal
 from sb3_mlflow_ckpt.runs.document import TERMINAL_STATUSES, redact
 
 if TYPE_CHECKING:
@@ -73,12 +74,51 @@ class MLflowMirror:
 
     def _forget(self) -> None:
         self._target.forget()
+        self._forget_sent()
+
+    def _forget_sent(self) -> None:
         self._uploads: Uploads | None = None
         self._sent_params = False
         self._sent_tags: dict[str, str] = {}
         self._sent_status: tuple[int, str] | None = None
         self._metrics_offset = 0
         self._metrics_until: int | None = None
+
+    def blueprint(self) -> dict[str, Any] | None:
+        """Return what makes this mirror in another process, once its run is known (`mirror_process`)."""
+        # A class of the user's own does what that process knows nothing of; a database in memory is nobody else's.
+        uri = self._target.uri_elsewhere
+        if type(self) is not MLflowMirror or self._target.run is None or uri is None:
+            return None
+        kept = self._retention
+        return {
+            "kind": "mlflow",
+            "tracking_uri": uri,
+            "experiment_name": self._target.experiment_name,
+            "run_id": self._target.run.info.run_id,
+            "owned": self._target.owned,
+            "keep": [kept.last_n, kept.best_n, kept.every_n_episodes],
+        }
+
+    @classmethod
+    def from_blueprint(cls, blueprint: Mapping[str, Any]) -> MLflowMirror:
+        """Return the mirror of a run that another process has opened."""
+        last, best, every = blueprint["keep"]
+        mirror = cls(
+            blueprint["tracking_uri"],
+            blueprint["experiment_name"],
+            run_id=blueprint["run_id"],
+            keep_last_n=last,
+            keep_best_n=best,
+            keep_every_n_episodes=every,
+        )
+        mirror._trains, mirror._target.owned = True, bool(blueprint["owned"])
+        return mirror
+
+    def take_back(self) -> None:
+        """Forget what was sent from here, not which run it is: another process has sent since."""
+        with self._lock:
+            self._forget_sent()
 
     @property
     def run_id(self) -> str | None:
@@ -117,7 +157,7 @@ class MLflowMirror:
         """Return where the run is tracked, or is to be once MLflow answers; without credentials."""
         return {"mlflow": self._target.describe()}
 
-    def replicate(self, journal: RunJournal) -> None:
+    def replicate(self, journal: MirroredJournal) -> None:
         """Send everything that MLflow lacks: the run, checkpoints, parameters, tags, metrics, then the status."""
         with self._lock:
             self._patience.take()
@@ -152,7 +192,7 @@ class MLflowMirror:
                 lines.append(f"the tag {LATEST_TAG} is set")
             return lines
 
-    def _connect(self, journal: RunJournal) -> tuple[MlflowClient, Run, Uploads]:
+    def _connect(self, journal: MirroredJournal) -> tuple[MlflowClient, Run, Uploads]:
         record = journal.record
         client, run = self._target.connect(record)
         known = record.get("mlflow") or {}
@@ -165,7 +205,7 @@ class MLflowMirror:
             self._sent_tags = {str(key): str(value) for key, value in run.data.tags.items()}
         return client, run, self._uploads
 
-    def _replicate(self, journal: RunJournal, *, healing: bool = False) -> list[str]:
+    def _replicate(self, journal: MirroredJournal, *, healing: bool = False) -> list[str]:
         """Send what MLflow is not known to have; return what that was, a line each."""
         client, run, uploads = self._connect(journal)
         record = journal.record
@@ -248,7 +288,7 @@ class MLflowMirror:
         found = run_of(client, root)
         return {} if found is None else {PARENT_TAG: found.info.run_id}  # It may have been trained without this server.
 
-    def _send_metrics(self, client: MlflowClient, run: Run, journal: RunJournal) -> None:
+    def _send_metrics(self, client: MlflowClient, run: Run, journal: MirroredJournal) -> None:
         if self._metrics_until is None:
             # An earlier process may have sent a part. Steps only grow; a clock may be set back.
             history = client.get_metric_history(run.info.run_id, naming.EPISODES_METRIC)

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.mirrors.stored_run import BATCH, StoredRun, SupersededError
 from sb3_mlflow_ckpt.pins import pinned_episodes
+from sb3_mlflow_ckpt.replication import MirroredJournal
 from sb3_mlflow_ckpt.runs.curve import PlacedPoint, read_points
 from sb3_mlflow_ckpt.runs.document import redact
 from sb3_mlflow_ckpt.runs.folder import entry
@@ -75,8 +76,25 @@ class MongoMirror:
 
     def __init__(self, uri: str, database: str = DEFAULT_DATABASE) -> None:
         self._lazy = LazyDatabase(uri, database, open_database)
-        self._sent: WeakKeyDictionary[RunJournal, _Sent] = WeakKeyDictionary()
+        self._sent: WeakKeyDictionary[MirroredJournal, _Sent] = WeakKeyDictionary()
         self._trains = False
+
+    def blueprint(self) -> dict[str, Any] | None:
+        """Return what makes this mirror in another process (`mirror_process`)."""
+        if type(self) is not MongoMirror:
+            return None
+        return {"kind": "mongo", "uri": self._lazy.uri, "database": self._lazy.name}
+
+    @classmethod
+    def from_blueprint(cls, blueprint: Mapping[str, Any]) -> MongoMirror:
+        """Return the mirror that another process has opened."""
+        mirror = cls(blueprint["uri"], blueprint["database"])
+        mirror._trains = True
+        return mirror
+
+    def take_back(self) -> None:
+        """Forget what was sent from here: another process has sent since."""
+        self._sent.clear()
 
     @property
     def address(self) -> str:
@@ -101,7 +119,7 @@ class MongoMirror:
         """Return which database it is, without credentials."""
         return {"mongo": {"uri": redact(self._lazy.uri), "database": self._lazy.name}}
 
-    def replicate(self, journal: RunJournal) -> None:
+    def replicate(self, journal: MirroredJournal) -> None:
         """Send everything that the journal has and the database has not.
 
         A run that a later attempt has taken over in the database is left as it is there.
@@ -197,7 +215,7 @@ class MongoMirror:
             )
         sent.warned = True
 
-    def _send_checkpoints(self, run: StoredRun, journal: RunJournal, sent: _Sent) -> bool:
+    def _send_checkpoints(self, run: StoredRun, journal: MirroredJournal, sent: _Sent) -> bool:
         ledger, pinned = journal.snapshot(), pinned_episodes(journal.folder)
         facts: dict[int, _Facts] = {
             episode: (saved, ledger.uris.get(episode), episode in ledger.pruned, episode in pinned)
@@ -211,7 +229,7 @@ class MongoMirror:
             sent.checkpoints.update({episode: facts[episode] for episode in batch})
         return bool(changed)
 
-    def _send_curve(self, run: StoredRun, journal: RunJournal, sent: _Sent) -> dict[str, Any] | None:
+    def _send_curve(self, run: StoredRun, journal: MirroredJournal, sent: _Sent) -> dict[str, Any] | None:
         """Send the points that are missing; return the last of them."""
         last = None
         while sent.waiting or self._read_points(journal, sent):
@@ -220,7 +238,7 @@ class MongoMirror:
             del sent.waiting[:BATCH]
         return last
 
-    def _read_points(self, journal: RunJournal, sent: _Sent) -> bool:
+    def _read_points(self, journal: MirroredJournal, sent: _Sent) -> bool:
         """Read a slice of the curve: how long an outage was must not show in the memory that its end takes."""
         while not sent.waiting:
             points, offset = read_points(journal.folder.metrics, sent.offset, _BYTES_PER_SLICE)

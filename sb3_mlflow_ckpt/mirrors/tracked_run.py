@@ -64,6 +64,12 @@ class TrackedRun:
         return self._tracking_uri or str(mlflow.get_tracking_uri())
 
     @property
+    def uri_elsewhere(self) -> str | None:
+        """The tracking URI for another process; None for a database in the memory of this one."""
+        uri = _absolute(self.uri)
+        return None if uri.startswith("sqlite") and uri.partition(":///")[2] in ("", ":memory:") else uri
+
+    @property
     def client(self) -> MlflowClient:
         """The client; it makes no request until it is used."""
         from mlflow import MlflowClient

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sb3_mlflow_ckpt.atomic import is_own_file
-from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.layout import ARTIFACT_FOLDER, REPLAY_FOLDER, chunk_entry
 from sb3_mlflow_ckpt.mirrors.naming import LATEST_TAG
 from sb3_mlflow_ckpt.pins import pinned_episodes
 from sb3_mlflow_ckpt.policies import Retention, SavedCheckpoint
+from sb3_mlflow_ckpt.replication import MirroredJournal
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -54,7 +54,7 @@ class Uploads:
                     found[file.path.removeprefix(f"{ARTIFACT_FOLDER}/")] = file.file_size
         return found
 
-    def send(self, journal: RunJournal) -> list[str]:
+    def send(self, journal: MirroredJournal) -> list[str]:
         """Send the checkpoints that wait; return their names."""
         sent = []
         for episode in sorted(journal.waiting_for_mirror()):
@@ -81,7 +81,7 @@ class Uploads:
             sent.append(model.name)
         return sent
 
-    def prune(self, journal: RunJournal) -> None:
+    def prune(self, journal: MirroredJournal) -> None:
         """Remove the copies that are too old, and the chunks that no copy needs any more."""
         if self._retention.keeps_all:
             return
@@ -133,17 +133,17 @@ class Uploads:
         return get_artifact_repository(self._artifact_uri, tracking_uri=self._uri)
 
 
-def _is_own_chunk(journal: RunJournal, name: str) -> bool:
+def _is_own_chunk(journal: MirroredJournal, name: str) -> bool:
     return is_own_file(journal.folder.chunk(name)) and not journal.folder.replay.is_symlink()
 
 
-def latest_artifact(journal: RunJournal) -> str | None:
+def latest_artifact(journal: MirroredJournal) -> str | None:
     """Return the artifact of the newest checkpoint that MLflow has."""
     episode = journal.newest_mirrored()
     return None if episode is None else f"{ARTIFACT_FOLDER}/{journal.folder.model(episode).name}"
 
 
-def _in_order_of_saving(journal: RunJournal) -> list[int]:
+def _in_order_of_saving(journal: MirroredJournal) -> list[int]:
     """Return the episodes in MLflow, the newest last: one that was sent again is as old as it was."""
     ledger = journal.snapshot()
     return [episode for episode in ledger.saved if episode in ledger.uris]

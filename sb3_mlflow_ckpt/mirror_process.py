@@ -1,0 +1,239 @@
+"""Owns where a mirror does its work: first in a thread of the training's process, later in a process of its own.
+
+MLflow's and MongoDB's clients are Python: each millisecond that they work in a thread is one that the training waits
+for the interpreter. A process of its own takes a second or two to start, so it is worth it for a run that lasts. The
+thread does the work until the process is there, and again if it dies.
+
+The process knows of the run what it is told: the record and the ledger's lines, as they change. It answers with what
+became of the copies, and the training's journal writes that down: a run folder has one writer. `mirrors.process` is
+the other end.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import IO, Any, Protocol, runtime_checkable
+
+from sb3_mlflow_ckpt.journal import RunJournal
+from sb3_mlflow_ckpt.replication import Mirror
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_AFTER_SECONDS = 20.0
+# It finds this package where this process found it, whatever the script has done to the path.
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from sb3_mlflow_ckpt.mirrors.process import main; main()"
+)
+_MOST_DEATHS = 3
+_KILL_SECONDS = 5.0
+
+
+@runtime_checkable
+class Relocatable(Protocol):
+    """A mirror that another process can be told to be."""
+
+    def blueprint(self) -> dict[str, Any] | None:
+        """Return what makes the same mirror elsewhere, as JSON; None where there is no such thing, or not yet."""
+        ...
+
+    def take_back(self) -> None:
+        """Forget what was sent from here: another process has sent since."""
+        ...
+
+
+class MirrorFailedError(Exception):
+    """What the mirror raised in its process: an outage, as a rule."""
+
+
+class ProcessDiedError(Exception):
+    """The mirror's process ended, or said what makes no sense."""
+
+
+class MirrorPlace:
+    """Brings one mirror up to date, in this process or in one of its own.
+
+    Args:
+        mirror: The mirror, opened.
+        journal: The run.
+        after_seconds: When a process of its own is started, counted from now; infinity never.
+    """
+
+    def __init__(self, mirror: Mirror, journal: RunJournal, after_seconds: float = DEFAULT_AFTER_SECONDS) -> None:
+        self._mirror = mirror
+        self._journal = journal
+        self._due = time.monotonic() + after_seconds if isinstance(mirror, Relocatable) else math.inf
+        self._process: MirrorProcess | None = None
+        self._deaths = 0
+        self._closed = False
+
+    @property
+    def process_id(self) -> int | None:
+        """The id of the process that does the work; None while it is a thread of this one."""
+        return self._process.id if self._process is not None and self._process.is_ready() else None
+
+    def replicate(self) -> None:
+        """Send everything that the journal has and the mirror has not; raises on an outage, as the mirror does."""
+        process = self._process
+        if process is not None:
+            try:
+                if process.is_ready():
+                    process.replicate()
+                    return
+            except ProcessDiedError as error:
+                self._bury(error)
+                if self._closed:
+                    return
+        self._mirror.replicate(self._journal)
+        # Only now: what the mirror is to be told elsewhere, such as its run's id, is known since.
+        if self._process is None and time.monotonic() >= self._due:
+            self._start()
+
+    def close(self) -> None:
+        """End the process, whatever it does at this moment. Callable from any thread."""
+        self._closed = True
+        if self._process is not None:
+            self._process.kill()
+
+    def _start(self) -> None:
+        assert isinstance(self._mirror, Relocatable)
+        blueprint = self._mirror.blueprint()
+        if blueprint is None or self._closed:
+            return
+        try:
+            self._process = MirrorProcess(blueprint, self._journal)
+        except OSError as error:
+            self._bury(ProcessDiedError(f"it cannot be started: {error}"))
+
+    def _bury(self, error: ProcessDiedError) -> None:
+        """Have this process do the work again; after a while, or never if it happens again and again."""
+        self._deaths += 1
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
+            if isinstance(self._mirror, Relocatable):
+                self._mirror.take_back()
+        self._due = time.monotonic() + DEFAULT_AFTER_SECONDS if self._deaths < _MOST_DEATHS else math.inf
+        if not self._closed:
+            logger.info("The process that sends to %s is gone, this one goes on (%s)", self._mirror.name, error)
+
+
+class MirrorProcess:
+    """The process, from this side.
+
+    Args:
+        blueprint: What the mirror is made from.
+        journal: The run.
+
+    Raises:
+        OSError: It cannot be started.
+    """
+
+    def __init__(self, blueprint: Mapping[str, Any], journal: RunJournal) -> None:
+        self._journal = journal
+        self._sent_record: dict[str, Any] | None = None
+        self._ready = False
+        # Its messages come as log lines; what a library prints there is nobody's.
+        self._child = subprocess.Popen(
+            [sys.executable, "-c", _START, json.dumps(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        self._feed = journal.feed()
+        folder = journal.folder
+        place = [str(folder.checkpoint_dir.absolute()), folder.agent_id, folder.run_id]
+        with suppress(ProcessDiedError):
+            # One that died at once is noticed when it is asked whether it is ready.
+            self._tell({"mirror": dict(blueprint), "folder": place})
+
+    @property
+    def id(self) -> int:
+        """The process's id."""
+        return self._child.pid
+
+    def is_ready(self) -> bool:
+        """Return whether it can be told to work. Does not wait.
+
+        Raises:
+            ProcessDiedError: It died before it was.
+        """
+        if not self._ready:
+            readable, _, _ = select.select([self._output], [], [], 0)
+            if readable:
+                self._ready = self._hear() == {"ready": True}
+        return self._ready
+
+    def replicate(self) -> None:
+        """Tell what changed, and wait until the mirror has it.
+
+        Raises:
+            MirrorFailedError: The mirror raised something; it is tried again with the next call.
+            ProcessDiedError: It died.
+        """
+        record, events = self._journal.record, self._feed.take()
+        changed = {} if record == self._sent_record else {"record": record}
+        self._tell({**changed, "events": events})
+        self._sent_record = record
+        while True:
+            answer = self._hear()
+            if "failed" in answer:
+                raise MirrorFailedError(str(answer["failed"]))
+            if "done" in answer:
+                return
+            self._take(answer)
+
+    def kill(self) -> None:
+        """End it."""
+        self._journal.unfeed(self._feed)
+        self._child.kill()
+        for pipe in (self._child.stdin, self._child.stdout):
+            if pipe is not None:
+                with suppress(OSError):
+                    pipe.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._child.wait(_KILL_SECONDS)
+
+    def _take(self, answer: Mapping[str, Any]) -> None:
+        journal = self._journal
+        if "mirrored" in answer:
+            journal.add_mirrored(*answer["mirrored"])
+        elif "unmirrored" in answer:
+            journal.add_unmirrored(answer["unmirrored"])
+        elif "update" in answer:
+            journal.update(**answer["update"])
+        elif "log" in answer:
+            name, level, message = answer["log"]
+            logging.getLogger(name).log(level, "%s", message)
+
+    @property
+    def _output(self) -> IO[bytes]:
+        assert self._child.stdout is not None
+        return self._child.stdout
+
+    def _tell(self, message: Mapping[str, Any]) -> None:
+        assert self._child.stdin is not None
+        try:
+            self._child.stdin.write(json.dumps(message).encode() + b"\n")
+            self._child.stdin.flush()
+        except (OSError, ValueError) as error:
+            raise ProcessDiedError(str(error)) from error
+
+    def _hear(self) -> dict[str, Any]:
+        try:
+            line = self._output.readline()
+            if not line.endswith(b"\n"):
+                raise ProcessDiedError(f"it ended with code {self._child.poll()}")
+            answer = json.loads(line)
+        except (OSError, ValueError) as error:
+            raise ProcessDiedError(str(error)) from error
+        if not isinstance(answer, dict):
+            raise ProcessDiedError(f"it said {line[:80]!r}")
+        return answer

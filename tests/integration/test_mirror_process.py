@@ -1,0 +1,214 @@
+"""A mirror that works in a process of its own: what it sends, what becomes of it, and what is lost when it dies."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from journals import add_point, prune, save, start_run
+from mlflow import MlflowClient
+from mlflow_server import MlflowServer
+from processes import TESTS, environment, script, wait_for
+
+from sb3_mlflow_ckpt.journal import RunJournal
+from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.mirror_process import MirrorFailedError, MirrorPlace
+from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror
+from sb3_mlflow_ckpt.mirrors.mongo import MongoMirror
+from sb3_mlflow_ckpt.replication import Replicator
+from sb3_mlflow_ckpt.runs.mongo import MongoRuns
+
+RUN = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[RunJournal]:
+    journal = start_run(tmp_path / "runs", RUN)
+    yield journal
+    journal.close()
+
+
+def moved(mirror: MLflowMirror | MongoMirror, journal: RunJournal) -> MirrorPlace:
+    """Return the place of a mirror whose process is at work."""
+    mirror.open(journal.record)
+    place = MirrorPlace(mirror, journal, 0)
+    save(journal, 10)
+    place.replicate()
+    wait_for(lambda: place.process_id is not None, "the process to be ready")
+    return place
+
+
+def files(client: MlflowClient, mirror: MLflowMirror) -> set[str]:
+    return {file.path for file in client.list_artifacts(str(mirror.run_id), "checkpoints")}
+
+
+def artifacts(*episodes: int) -> set[str]:
+    return {f"checkpoints/ep{e:06d}{end}" for e in episodes for end in (".zip", "_metadata.json")}
+
+
+def test_mlflow_gets_everything_from_the_process(tmp_path: Path, journal: RunJournal) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    mirror, client = MLflowMirror(uri, "apart", keep_last_n=2), MlflowClient(uri)
+    place = moved(mirror, journal)
+    try:
+        add_point(journal, 100, ep_rew_mean=3.0)
+        save(journal, 20)
+        save(journal, 30)
+        place.replicate()
+        assert not journal.waiting_for_mirror()
+        assert journal.ledger.retired == {10}
+        assert files(client, mirror) == artifacts(20, 30)
+        assert journal.ledger.uris[30] == f"runs:/{mirror.run_id}/checkpoints/ep000030.zip"
+        journal.update(status="completed", ended_at="2026-01-01T00:01:00.000Z")
+        place.replicate()
+        run = client.get_run(str(mirror.run_id))
+        assert (run.info.status, run.data.metrics["rollout/ep_rew_mean"]) == ("FINISHED", 3.0)
+        assert run.data.tags["mlflow.latest_checkpoint_artifact"] == "checkpoints/ep000030.zip"
+        assert journal.record["mlflow"]["run_id"] == mirror.run_id
+    finally:
+        place.close()
+    # What it was told of lies in the run's own folder, written by the run's own journal.
+    assert '"event": "mirrored"' in journal.folder.events.read_text()
+
+
+def test_mongodb_gets_everything_from_the_process(tmp_path: Path, journal: RunJournal, mongo_uri: str) -> None:
+    mirror, reader = MongoMirror(mongo_uri, "apart"), MongoRuns(mongo_uri, "apart")
+    place = moved(mirror, journal)
+    try:
+        add_point(journal, 100, ep_rew_mean=3.0)
+        save(journal, 20)
+        prune(journal, 10)
+        journal.update(status="completed")
+        place.replicate()
+        found = reader.get(RUN)
+        assert found["status"] == "completed"
+        assert {item["episode"]: item["on_disk"] for item in found["checkpoint_paths"]} == {10: False, 20: True}
+        assert [point["ep_rew_mean"] for point in reader.curve(RUN)] == [3.0]
+    finally:
+        place.close()
+        mirror.close()
+        reader.close()
+
+
+def test_a_process_that_dies_is_replaced_by_the_thread_and_nothing_is_lost(tmp_path: Path, journal: RunJournal) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    mirror = MLflowMirror(uri)
+    place = moved(mirror, journal)
+    assert place.process_id is not None
+    save(journal, 20)
+    os.kill(place.process_id, signal.SIGSTOP)
+    # It dies in the middle of a request.
+    dying = psutil.Process(place.process_id)
+    save(journal, 30)
+    replicator = Replicator(mirror, journal, place)
+    replicator.start()
+    dying.kill()
+    assert replicator.close(60)
+    assert files(MlflowClient(uri), mirror) == artifacts(10, 20, 30)
+    assert place.process_id is None
+
+
+def test_an_outage_in_the_process_is_raised_here_and_made_good(journal: RunJournal, mlflow_server: MlflowServer) -> None:
+    mirror = MLflowMirror(mlflow_server.uri)
+    place = moved(mirror, journal)
+    try:
+        mlflow_server.stop()
+        save(journal, 20)
+        with pytest.raises(MirrorFailedError, match="Connection refused"):
+            place.replicate()
+        save(journal, 30)
+        mlflow_server.start()
+        place.replicate()
+        assert place.process_id is not None
+        assert files(MlflowClient(mlflow_server.uri), mirror) == artifacts(10, 20, 30)
+    finally:
+        place.close()
+
+
+def test_a_request_that_hangs_ends_with_the_run(journal: RunJournal, mlflow_server: MlflowServer) -> None:
+    mirror = MLflowMirror(mlflow_server.uri)
+    place = moved(mirror, journal)
+    process = psutil.Process(place.process_id)
+    process.suspend()
+    replicator = Replicator(mirror, journal, place)
+    replicator.start()
+    journal.update(status="completed", ended_at="2026-01-01T00:01:00.000Z")
+    assert not replicator.close(0.5)
+    wait_for(lambda: not process.is_running(), "the process to be ended")
+    # It was told the end beside the request that hung.
+    assert MlflowClient(mlflow_server.uri).get_run(str(mirror.run_id)).info.status == "FINISHED"
+
+
+class OwnMirror(MLflowMirror):
+    """Does what nobody knows of elsewhere."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "uri", "seconds"),
+    [(OwnMirror, "sqlite:///db", 0), (MLflowMirror, "sqlite:///:memory:", 0), (MLflowMirror, "sqlite:///db", math.inf)],
+    ids=["a class of one's own", "in memory", "by choice"],
+)
+def test_what_cannot_work_elsewhere_stays_in_the_thread(
+    kind: type[MLflowMirror], uri: str, seconds: float, journal: RunJournal, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    mirror = kind(uri)
+    mirror.open(journal.record)
+    place = MirrorPlace(mirror, journal, seconds)
+    place.replicate()
+    place.replicate()
+    assert psutil.Process().children() == []
+    mirror.cancel("failed")
+
+
+TRAINING = """
+import json, os, sys, time
+sys.path.insert(0, {tests!r})
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from sb3_mlflow_ckpt import EpisodeCheckpointCallback, MLflowMirror
+
+class UntilSent(BaseCallback):
+    '''Trains until a process of its own has sent checkpoints, then does what it is told.'''
+    def _on_step(self):
+        live = saving._live
+        place = live._replicators[0]._place
+        if place.process_id is None:
+            return True
+        self.since = getattr(self, "since", max(live._journal.ledger.uris, default=0))
+        if max(live._journal.ledger.uris, default=0) < self.since + 20:
+            return True
+        print(place.process_id, flush=True)
+        if {dies!r}:
+            os.kill(os.getpid(), 9)
+        return False
+
+saving = EpisodeCheckpointCallback(5, 3, "runs", agent_id="a", run_id="r", mirrors=[MLflowMirror({uri!r})],
+                                   mirror_process_seconds=0)
+PPO("MlpPolicy", "CartPole-v1", n_steps=64, device="cpu", seed=0).learn(10**9, callback=[saving, UntilSent()])
+"""
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["ends", "is killed"])
+def test_the_process_ends_with_the_training(tmp_path: Path, dies: bool) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    done = script(TRAINING.format(tests=str(TESTS), uri=uri, dies=dies), tmp_path, environment())
+    assert done.returncode == (-9 if dies else 0), done.stderr
+    worker = int(done.stdout.split()[-1])
+    wait_for(lambda: not psutil.pid_exists(worker) or psutil.Process(worker).status() == "zombie", "its end")
+    journal = RunJournal(RunFolder(tmp_path / "runs", "a", "r"))
+    try:
+        run = MlflowClient(uri).get_run(journal.record["mlflow"]["run_id"])
+        assert run.info.status == ("RUNNING" if dies else "FINISHED")
+        assert dies or not journal.waiting_for_mirror()
+        sent = {file.path for file in MlflowClient(uri).list_artifacts(run.info.run_id, "checkpoints")}
+        # What is noted as sent is there.
+        assert artifacts(*journal.ledger.uris) <= sent
+    finally:
+        journal.close()
