@@ -23,7 +23,6 @@ from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 import stable_baselines3
-import torch as th
 from stable_baselines3.common.utils import get_system_info
 
 from sb3_mlflow_ckpt import atomic, tree
@@ -33,15 +32,13 @@ from sb3_mlflow_ckpt.spaces import decode_space
 from sb3_mlflow_ckpt.state import checked
 from sb3_mlflow_ckpt.state.container import READ_ERRORS, Container, open_container
 from sb3_mlflow_ckpt.state.embedded import STATE_MEMBER, dump_state, read_state
-from sb3_mlflow_ckpt.state.model import ModelCapture, plain
+from sb3_mlflow_ckpt.state.model import VARIABLES, ModelCapture, plain
 
 NORMALIZATION_MEMBER = "sb3_mlflow_ckpt/vec_normalize.npz"
 EXACT_MEMBER = "sb3_mlflow_ckpt/exact.json"
 EXACT_ARRAYS_MEMBER = "sb3_mlflow_ckpt/exact.bin"
 SPACES_MEMBER = "sb3_mlflow_ckpt/spaces.json"
 _SPACES_ARRAYS_MEMBER = "sb3_mlflow_ckpt/spaces.bin"
-_BUFFER = 1 << 18
-_VARIABLES_MEMBER = "pytorch_variables.pth"
 
 
 def write_archive(file: atomic.HashedFile, capture: ModelCapture, metadata: CheckpointMetadata) -> None:
@@ -56,9 +53,9 @@ def write_archive(file: atomic.HashedFile, capture: ModelCapture, metadata: Chec
     with zipfile.ZipFile(cast("IO[bytes]", file), "w", zipfile.ZIP_STORED) as archive:
         if capture.data is not None:
             archive.writestr("data", capture.data())
-        _write_tensors(archive, _VARIABLES_MEMBER, capture.variables)
-        for name, state_dict in capture.state_dicts.items():
-            _write_tensors(archive, f"{name}.pth", state_dict)
+        for name in (VARIABLES, *capture.state_dicts):
+            with archive.open(f"{name}.pth", "w", force_zip64=True) as member:
+                member.write(capture.files[name]().data)
         archive.writestr("_stable_baselines3_version", stable_baselines3.__version__)
         archive.writestr("system_info.txt", _system_info())
         archive.writestr(STATE_MEMBER, dump_state(metadata, {**plain(capture.state), "built": dict(capture.built)}))
@@ -76,13 +73,6 @@ def write_archive(file: atomic.HashedFile, capture: ModelCapture, metadata: Chec
             with archive.open(EXACT_ARRAYS_MEMBER, "w", force_zip64=True) as member:
                 for piece in tree.pieces(arrays):
                     member.write(piece.data)
-
-
-def _write_tensors(archive: zipfile.ZipFile, name: str, value: Any) -> None:
-    # Straight into the file: a member may be as large as the memory that is left. Torch writes in small pieces.
-    member = cast("io.RawIOBase", archive.open(name, "w", force_zip64=True))
-    with member, io.BufferedWriter(member, _BUFFER) as buffered:
-        th.save(value, buffered)
 
 
 def read_exact(path: Path) -> dict[str, Any] | None:
@@ -133,7 +123,7 @@ def read_archive(path: Path, device: Any = "cpu", *, sha256: str | None = None, 
         raise
     except READ_ERRORS as error:
         raise CheckpointCorruptError(path, f"its zip cannot be read ({checked.reason(error)})") from error
-    variables = tensors.pop(_VARIABLES_MEMBER.removesuffix(".pth"), {})
+    variables = tensors.pop(VARIABLES, {})
     built = state.pop("built", None)
     return ModelCapture(
         data=None,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch as th
 from numpy.typing import NDArray
 
+from sb3_mlflow_ckpt.state.tensor_files import Bytes, Slot, TensorFile, TensorPickler, saved
+
 _IMAGES = 2
 """One is written while the next is captured; a third would cost memory and help no disk that is too slow."""
-
 
 _PLAIN = frozenset({type(None), bool, int, float, str})
 _KNOWN_TO_NUMPY = frozenset(
@@ -20,37 +21,143 @@ _KNOWN_TO_NUMPY = frozenset(
 
 
 class Image:
-    """A copy of a model's tensors, in memory of its own.
-
-    Filled from the first tensor to the last; as long as they come in the same order, shapes and types, nothing is
-    allocated.
-    """
+    """A copy of a model's tensors, in memory of its own: a part for each file that they are written to."""
 
     def __init__(self) -> None:
-        self._rooms: list[_Room] = []
-        self._seen: dict[int, th.Tensor] = {}
-        self._filled = 0
+        self._parts: dict[str, Part] = {}
+        self._devices = DeviceCopies()
+        # Has the form that this one's parts will have.
+        self.sibling: Image | None = None
 
     def begin(self) -> None:
         """Forget what was copied; its memory is overwritten from here on."""
+        for part in self._parts.values():
+            part.begin()
+
+    def copy(self, name: str, value: Any) -> Part:
+        """Copy a nested structure of plain values and tensors to the part of a name."""
+        part = self._parts.get(name)
+        if part is None:
+            other = self.sibling._parts.get(name) if self.sibling is not None else None
+            part = self._parts[name] = Part(self._devices, other)
+        part.fill(value)
+        return part
+
+    def end(self) -> None:
+        """Order what follows on devices after the copies."""
+        self._devices.end()
+
+
+class DeviceCopies:
+    """Copies from devices that are under way beside the training, which does not wait for them."""
+
+    def __init__(self) -> None:
+        self._streams: dict[th.device, Any] = {}
+        self._under_way: list[Any] = []
+
+    def copy(self, source: th.Tensor, target: th.Tensor) -> None:
+        """Begin to copy a tensor of a device to pinned memory."""
+        stream = self._streams.get(source.device)
+        if stream is None:
+            cuda: Any = th.cuda
+            stream = self._streams[source.device] = cuda.Stream(source.device)
+        # After what computes its value.
+        stream.wait_stream(th.cuda.current_stream(source.device))
+        with th.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+
+    def end(self) -> None:
+        """Have what the training computes next, which may change the tensors, come after the copies."""
+        for device, stream in self._streams.items():
+            event = stream.record_event()
+            th.cuda.current_stream(device).wait_event(event)
+            self._under_way.append(event)
+
+    def wait(self) -> None:
+        """Wait until the copies are whole: the thread that writes them does."""
+        while self._under_way:
+            self._under_way.pop().synchronize()
+
+
+class _Form(NamedTuple):
+    """A file, and where in it each room lies; None for one that takes no bytes."""
+
+    file: TensorFile
+    slots: list[Slot | None]
+
+
+class Part:
+    """The tensors of one `.pth` file.
+
+    Filled from the first tensor to the last; as long as they come in the same order, shapes and types, nothing is
+    allocated, and they are copied to where they lie in the file.
+
+    Args:
+        devices: Copies from devices.
+        sibling: The same part of another image, which may know the file's form already.
+
+    Attributes:
+        value: The structure that was copied last; every tensor in it is a copy.
+    """
+
+    def __init__(self, devices: DeviceCopies, sibling: Part | None = None) -> None:
+        self.value: Any = None
+        self._devices = devices
+        self._rooms: list[Room] = []
+        self._seen: dict[int, th.Tensor] = {}
+        self._filled = 0
+        self._pickler = TensorPickler()
+        # What the rooms lie in, and what they move to before they are filled again.
+        self._form: _Form | None = None
+        self._next: _Form | None = None
+        form = None if sibling is None else sibling._next or sibling._form
+        if sibling is not None and form is not None and len(form.slots) == len(sibling._rooms):
+            self._rooms = list(sibling._rooms)
+            self._next = form._replace(file=form.file.another(pinned=sibling._pinned))
+            self.begin()
+
+    def begin(self) -> None:
+        """Forget what was copied."""
+        form, self._next = self._next, None
+        if form is not None and len(form.slots) == len(self._rooms):
+            self._rooms = [room.moved(form.file.content, s) for room, s in zip(self._rooms, form.slots, strict=True)]
+            self._form = form
+            self._pickler.forget()
+
+    def fill(self, value: Any) -> None:
+        """Copy a nested structure."""
         self._filled = 0
         self._seen.clear()
+        self.value = self._copied(value)
+        if self._filled < len(self._rooms):
+            del self._rooms[self._filled :]
+            self._form = None
 
-    def copy(self, value: Any) -> Any:
-        """Return a nested structure of plain values in which every tensor is a copy."""
+    def content(self) -> Bytes:
+        """Return what `torch.save` would write of the value; to be used before the image is filled again."""
+        self._devices.wait()
+        document, keys = self._pickler.dump(self.value)
+        if self._form is not None and self._form.file.finish(document):
+            return self._form.file.content
+        content, file = saved(self.value, document, self._pinned)
+        if file is not None:
+            found = (file.slots.get(keys.get(id(room.copy), "")) for room in self._rooms)
+            self._next = _Form(file, [slot if slot is not None and slot.size else None for slot in found])
+        return content
+
+    @property
+    def _pinned(self) -> bool:
+        return any(room.on_device for room in self._rooms)
+
+    def _copied(self, value: Any) -> Any:
         if isinstance(value, th.Tensor):
             return self._copy(value)
         if isinstance(value, dict):
-            return type(value)((key, item if type(item) in _PLAIN else self.copy(item)) for key, item in value.items())
+            items = value.items()
+            return type(value)((key, item if type(item) in _PLAIN else self._copied(item)) for key, item in items)
         if isinstance(value, (list, tuple)):
-            return type(value)(item if type(item) in _PLAIN else self.copy(item) for item in value)
+            return type(value)(item if type(item) in _PLAIN else self._copied(item) for item in value)
         return value
-
-    def end(self) -> None:
-        """Wait until every copy is whole, and give back what was not needed."""
-        del self._rooms[self._filled :]
-        if any(room.on_device for room in self._rooms):
-            th.cuda.synchronize()
 
     def _copy(self, source: th.Tensor) -> th.Tensor:
         if source.requires_grad:
@@ -61,49 +168,63 @@ class Image:
         if same is not None and same.shape == source.shape and same.dtype == source.dtype:
             return same
         room = self._room(source)
-        room.fill(source)
+        if room.on_device:
+            self._devices.copy(source, room.copy)
+        else:
+            room.fill(source)
         if address:
             self._seen[address] = room.copy
         return room.copy
 
-    def _room(self, source: th.Tensor) -> _Room:
+    def _room(self, source: th.Tensor) -> Room:
         place, self._filled = self._filled, self._filled + 1
         if place < len(self._rooms) and self._rooms[place].fits(source):
             return self._rooms[place]
-        room = _Room(source)
+        room = Room(th.empty_like(source, device="cpu", pin_memory=source.is_cuda), source.is_cuda)
         self._rooms[place : place + 1] = [room]
+        self._form = None
+        self._pickler.forget()
         return room
 
 
-class _Room:
+class Room:
     """The memory for one tensor's copy.
 
     Args:
-        source: A tensor of its shape, layout and type.
+        copy: The memory, as a tensor.
+        on_device: Whether what is copied to it lies on a device.
     """
 
-    __slots__ = ("_array", "_stride", "copy", "on_device")
+    __slots__ = ("_array", "copy", "on_device")
 
-    def __init__(self, source: th.Tensor) -> None:
-        self.on_device = source.is_cuda
-        # Pinned memory is what a device copies to without the processor's help.
-        self.copy = th.empty_like(source, device="cpu", pin_memory=self.on_device)
-        self._stride = source.stride()
-        plain = source.device.type == "cpu" and source.dtype in _KNOWN_TO_NUMPY
-        self._array: NDArray[Any] | None = self.copy.numpy() if plain else None
+    def __init__(self, copy: th.Tensor, on_device: bool) -> None:
+        self.copy = copy
+        self.on_device = on_device
+        known = not on_device and copy.dtype in _KNOWN_TO_NUMPY
+        self._array: NDArray[Any] | None = copy.numpy() if known else None
+
+    def moved(self, content: Bytes, slot: Slot | None) -> Room:
+        """Return a room of the same form in a file's bytes."""
+        if slot is None:
+            return self
+        count = slot.size // self.copy.element_size()
+        flat = th.frombuffer(content, dtype=self.copy.dtype, count=count, offset=slot.at)
+        return Room(flat.as_strided(self.copy.shape, self.copy.stride()), self.on_device)
 
     def fits(self, source: th.Tensor) -> bool:
+        """Tell whether a tensor can be copied here."""
         copy = self.copy
-        if self.on_device != source.is_cuda:
+        if self.on_device != source.is_cuda or copy.shape != source.shape or copy.dtype != source.dtype:
             return False
-        return copy.shape == source.shape and copy.dtype == source.dtype and self._stride == source.stride()
+        return copy.stride() == source.stride() or not source.is_contiguous()
 
     def fill(self, source: th.Tensor) -> None:
+        """Copy a tensor of this memory."""
         if self._array is not None and source.is_cpu:
             # torch's own copy is split over threads, and then waits for cores that others are busy on.
             self._array[...] = source.numpy()
         else:
-            self.copy.copy_(source, non_blocking=True)
+            self.copy.copy_(source)
 
 
 class ImagePool:
@@ -111,6 +232,8 @@ class ImagePool:
 
     def __init__(self) -> None:
         self._free = [Image() for _ in range(_IMAGES)]
+        for image, sibling in zip(self._free, self._free[::-1], strict=True):
+            image.sibling = sibling
         self._changed = threading.Condition()
 
     def take(self) -> tuple[Image, Callable[[], None]]:

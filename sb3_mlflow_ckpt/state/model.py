@@ -19,6 +19,7 @@ from sb3_mlflow_ckpt.spaces import encode_space
 from sb3_mlflow_ckpt.state import normalization
 from sb3_mlflow_ckpt.state.images import Image, ImagePool
 from sb3_mlflow_ckpt.state.sb3_data import Data, DataRecorder
+from sb3_mlflow_ckpt.state.tensor_files import Bytes
 from sb3_mlflow_ckpt.tree import NotPlainError
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ _COUNTERS = (
     "exploration_rate",
     "old_count",
 )
+VARIABLES = "pytorch_variables"
+"""SB3's name for the tensors that are no parameters."""
 _INFO_BUFFERS = ("ep_info_buffer", "ep_success_buffer")
 # SAC and its kin: what the coefficient's own setting decides. A run that overrides the setting starts it anew.
 _ENTROPY_STATE = frozenset({"ent_coef_optimizer", "log_ent_coef", "ent_coef_tensor"})
@@ -55,6 +58,8 @@ class ModelCapture:
             where they have no plain form.
         built: What the constructor would be told to build the model again.
         exact: What makes a resume exact (`state.exact`); None where it was not captured.
+        files: Returns the bytes of a `.pth`, for each of `state_dicts` and for the variables (`VARIABLES`); to be
+            called by the thread that writes, before `release`. Empty where the capture was read.
         release: Gives the tensors' memory back: to be called when they are written.
     """
 
@@ -66,6 +71,7 @@ class ModelCapture:
     spaces: Mapping[str, Any] | None = None
     built: Mapping[str, Any] = field(default_factory=dict)
     exact: dict[str, Any] | None = None
+    files: Mapping[str, Callable[[], Bytes]] = field(default_factory=dict)
     release: Callable[[], None] = lambda: None
 
 
@@ -111,13 +117,14 @@ class ModelRecorder:
         normalized = model.get_vec_normalize_env()
         if normalized is not None:
             state["vec_normalize"], arrays = normalization.capture(normalized)
-        state_dicts = image.copy(model.get_parameters())
-        variables = image.copy({name: recursive_getattr(model, name) for name in variable_names})
+        parts = {name: image.copy(name, value) for name, value in model.get_parameters().items()}
+        variables = image.copy(VARIABLES, {name: recursive_getattr(model, name) for name in variable_names})
         image.end()
         return ModelCapture(
             data=self._data.capture(data, infos),
-            state_dicts=state_dicts,
-            variables=variables,
+            state_dicts={name: part.value for name, part in parts.items()},
+            variables=variables.value,
+            files={**{name: part.content for name, part in parts.items()}, VARIABLES: variables.content},
             state=state,
             arrays=arrays,
             spaces=self._encoded_spaces(),

@@ -69,7 +69,7 @@ def test_a_third_capture_waits_until_one_is_released_and_a_release_counts_once()
 def test_tensors_that_share_memory_are_one_copy_and_others_are_not() -> None:
     image, _ = ImagePool().take()
     weight = th.arange(6.0).reshape(2, 3)
-    copied = image.copy({"a": weight, "b": weight, "row": weight[0], "turned": weight.t(), "none": None, "lr": 0.5})
+    copied = image.copy("p", {"a": weight, "b": weight, "row": weight[0], "turned": weight.t(), "none": None, "lr": 0.5}).value
     assert copied["a"] is copied["b"]
     assert len({copied[key].data_ptr() for key in ("a", "row", "turned")}) == 3
     for key, expected in {"a": weight, "row": weight[0], "turned": weight.t()}.items():
@@ -82,7 +82,7 @@ def test_tensors_that_share_memory_are_one_copy_and_others_are_not() -> None:
 def test_every_type_of_number_is_copied(dtype: th.dtype) -> None:
     image, _ = ImagePool().take()
     source = th.arange(4).to(dtype)
-    (copied,) = image.copy([source])
+    (copied,) = image.copy("p", [source]).value
     image.end()
     assert copied.dtype == dtype
     assert th.equal(copied, source)
