@@ -23,6 +23,8 @@ from sb3_mlflow_ckpt.layout import TEMPORARY_PREFIX
 LARGEST_DOCUMENT = 16 * 2**20
 """Bytes of the largest JSON document or line that is read."""
 
+# Bytes from which a piece is hashed and written by itself.
+_PIECE = 1 << 16
 _NOT_FOLLOWED = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 # Opening a pipe that nobody writes to would wait for ever.
 _NOT_WAITED_FOR = getattr(os, "O_NONBLOCK", 0)
@@ -76,6 +78,8 @@ def staged(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
 class HashedFile:
     """A file that is hashed and counted while it is written, from its beginning to its end.
 
+    Small pieces are gathered until there are some, or until `flush`.
+
     Args:
         file: The file, open and empty.
 
@@ -86,22 +90,36 @@ class HashedFile:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._digest = hashlib.sha256()
+        self._gathered = bytearray()
         self.bytes = 0
 
     @property
     def sha256(self) -> str:
-        """The SHA-256 of what was written, as hexadecimal digits."""
+        """The SHA-256 of what was written and flushed, as hexadecimal digits."""
         return self._digest.hexdigest()
 
     def write(self, content: bytes | memoryview) -> int:
         """Write bytes."""
-        self._digest.update(content)
-        self.bytes += memoryview(content).nbytes
-        return self._file.write(content)
+        size = memoryview(content).nbytes
+        self.bytes += size
+        if size < _PIECE:
+            self._gathered += content
+        if size >= _PIECE or len(self._gathered) >= _PIECE:
+            self._write_gathered()
+        if size >= _PIECE:
+            self._digest.update(content)
+            self._file.write(content)
+        return size
 
     def flush(self) -> None:
         """Flush the file."""
+        self._write_gathered()
         self._file.flush()
+
+    def _write_gathered(self) -> None:
+        content, self._gathered = self._gathered, bytearray()
+        self._digest.update(content)
+        self._file.write(content)
 
 
 def discard(path: Path) -> None:

@@ -9,6 +9,8 @@ whatever dies when, and metadata under a temporary name tells the next process t
 from __future__ import annotations
 
 import errno
+import functools
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -179,8 +181,7 @@ def _commit(folder: RunFolder, capture: CheckpointCapture) -> CheckpointMetadata
     path, metadata_file = folder.model(episode), folder.metadata(episode)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        metadata = capture.metadata.model_copy(update={"config": redact_all(capture.metadata.config)})
-        _check_readable(metadata)
+        metadata = _settled(capture.metadata)
         model, chunks = capture.model, []
         if capture.replay is not None:
             chunks = capture.replay.write(folder)
@@ -188,12 +189,13 @@ def _commit(folder: RunFolder, capture: CheckpointCapture) -> CheckpointMetadata
         with atomic.staged(path) as (file, temporary):
             hashed = atomic.HashedFile(file)
             write_archive(hashed, model, metadata)
+            hashed.flush()
         try:
             entry = FileEntry(name=path.name, bytes=hashed.bytes, sha256=hashed.sha256)
             metadata = metadata.model_copy(update={"files": [entry, *chunks]})
             # Before anything is renamed: a disk that is full for the metadata must leave no zip without it.
             with atomic.staged(metadata_file) as (file, staged_metadata):
-                file.write(atomic.dump_json(metadata.to_json()))
+                file.write(metadata.to_bytes())
         except BaseException:
             atomic.discard(temporary)
             raise
@@ -247,15 +249,36 @@ def save_error(path: Path, error: OSError) -> CheckpointSaveError:
     return CheckpointSaveError(path, error, remedy(error))
 
 
-def _check_readable(metadata: CheckpointMetadata) -> None:
-    """Raise a ValueError for what can be written, and is refused when it is read: the checkpoint would be lost."""
-    # Within the zip, and while an episode is replaced, the document stands one level deeper.
-    content = atomic.dump_json({"metadata": metadata.to_json()})
-    if len(content) > atomic.LARGEST_DOCUMENT // 4:
-        raise ValueError(f"config and extra_state have {len(content)} bytes as JSON")
-    strict_json.loads(content)
-    # The metadata's own writer makes None of what JSON lacks.
-    atomic.dump_json(metadata.extra_state)
+def _settled(metadata: CheckpointMetadata) -> CheckpointMetadata:
+    """Return metadata as it is written: without credentials.
+
+    Raises:
+        ValueError: It can be written, and would be refused when it is read: the checkpoint would be lost.
+        TypeError: It is no JSON.
+    """
+    if metadata.extra_state:
+        _check_readable(atomic.dump_json(metadata.extra_state, indent=None).decode("utf-8", "backslashreplace"))
+    try:
+        text = json.dumps(metadata.config)
+    except TypeError:
+        text = json.dumps(metadata.to_json()["config"])
+    # Known by its text: all checkpoints of a run have one configuration.
+    return metadata.model_copy(update={"config": _settled_config(text)})
+
+
+@functools.lru_cache(maxsize=4)
+def _settled_config(text: str) -> dict[str, Any]:
+    # The writer makes None of what JSON lacks.
+    config: dict[str, Any] = redact_all(json.loads(text, parse_constant=lambda name: None))
+    _check_readable(atomic.dump_json(config, indent=None).decode("utf-8", "backslashreplace"))
+    return config
+
+
+def _check_readable(text: str) -> None:
+    if len(text) > atomic.LARGEST_DOCUMENT // 4:
+        raise ValueError(f"config and extra_state have {len(text)} bytes as JSON")
+    # Within the zip, and while an episode is replaced, the document stands deeper.
+    strict_json.loads(f'{{"replacement": {{"metadata": {{"config": {text}}}}}}}')
 
 
 def remove_checkpoint(folder: RunFolder, episode: int) -> None:

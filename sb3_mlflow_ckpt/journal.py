@@ -286,7 +286,9 @@ class RunJournal:
         try:
             self.make_sure()
             while self._refused:
-                json_lines.append_line(self.folder.events, self._refused[0])
+                # A removal whose line a power cut takes is found out at the next start (`corrections`).
+                durable = self._refused[0]["event"] != "pruned"
+                json_lines.append_line(self.folder.events, self._refused[0], durable=durable)
                 del self._refused[0]
         except RunTakenOverError:
             raise

@@ -9,6 +9,7 @@ import re
 import unicodedata
 import uuid
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ class RunFolder:
         path = Path(path).absolute()
         return cls(path.parent.parent, path.parent.name, path.name)
 
-    @property
+    @cached_property
     def path(self) -> Path:
         return self.checkpoint_dir / self.agent_id / self.run_id
 

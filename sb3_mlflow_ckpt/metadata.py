@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from datetime import datetime, timezone
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticSerializationError
 
 from sb3_mlflow_ckpt import strict_json
 from sb3_mlflow_ckpt.errors import CheckpointCorruptError, IncompatibleCheckpointError, InvalidIdError
@@ -96,6 +98,18 @@ class CheckpointMetadata(BaseModel):
     def to_json(self) -> dict[str, Any]:
         """Return the document as plain JSON values, the documented keys first."""
         return self.model_dump(mode="json")
+
+    def to_text(self, indent: int | None = None) -> str:
+        """Return `to_json` as a JSON text, without NaN and infinities."""
+        try:
+            return self.model_dump_json(indent=indent)
+        except PydanticSerializationError:
+            # Half of a surrogate pair, say: it is for the caller to encode.
+            return json.dumps(self.to_json(), indent=indent, allow_nan=False, ensure_ascii=False)
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the metadata file."""
+        return (self.to_text(2) + "\n").encode("utf-8", "backslashreplace")
 
 
 def parse_metadata(content: bytes | str, where: object) -> CheckpointMetadata:

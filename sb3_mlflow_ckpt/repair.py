@@ -149,7 +149,7 @@ class _Repairer:
             yield from self._fetch(episode, described, f"{zip_path.name}: {_cause(error)}")
             return
         if replacement_of(described) is not None:
-            content = atomic.dump_json(metadata.to_json())
+            content = metadata.to_bytes()
             yield self._do(
                 f"{zip_path.name} was being replaced", "settled", lambda: atomic.write_bytes(metadata_file, content)
             )
@@ -174,7 +174,7 @@ class _Repairer:
                 self._move_aside([metadata_file])
             # Not under the temporary name of metadata, which says that its zip is nobody's.
             with atomic.staged(self._folder.adopted) as (file, temporary):
-                file.write(atomic.dump_json(metadata.to_json()))
+                file.write(metadata.to_bytes())
             atomic.commit(temporary, metadata_file)
 
         yield self._do(defect, "taken up: its metadata is written from what the zip holds", adopt)

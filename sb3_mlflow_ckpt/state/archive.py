@@ -37,6 +37,7 @@ from sb3_mlflow_ckpt.state.model import VARIABLES, ModelCapture, plain
 NORMALIZATION_MEMBER = "sb3_mlflow_ckpt/vec_normalize.npz"
 EXACT_MEMBER = "sb3_mlflow_ckpt/exact.json"
 EXACT_ARRAYS_MEMBER = "sb3_mlflow_ckpt/exact.bin"
+_SMALL = 1 << 20
 SPACES_MEMBER = "sb3_mlflow_ckpt/spaces.json"
 _SPACES_ARRAYS_MEMBER = "sb3_mlflow_ckpt/spaces.bin"
 
@@ -58,11 +59,10 @@ def write_archive(file: atomic.HashedFile, capture: ModelCapture, metadata: Chec
                 member.write(capture.files[name]().data)
         archive.writestr("_stable_baselines3_version", stable_baselines3.__version__)
         archive.writestr("system_info.txt", _system_info())
-        archive.writestr(STATE_MEMBER, dump_state(metadata, {**plain(capture.state), "built": dict(capture.built)}))
-        if capture.spaces is not None:
-            document, arrays = tree.encode(capture.spaces)
-            archive.writestr(SPACES_MEMBER, json.dumps(document))
-            archive.writestr(_SPACES_ARRAYS_MEMBER, b"".join(piece.tobytes() for piece in tree.pieces(arrays)))
+        archive.writestr(STATE_MEMBER, dump_state(metadata, _text({**capture.state, "built": dict(capture.built)})))
+        if capture.spaces_text is not None:
+            archive.writestr(SPACES_MEMBER, capture.spaces_text.document)
+            archive.writestr(_SPACES_ARRAYS_MEMBER, capture.spaces_text.arrays)
         if capture.arrays:
             buffer = io.BytesIO()
             np.savez(buffer, allow_pickle=False, **capture.arrays)
@@ -71,8 +71,17 @@ def write_archive(file: atomic.HashedFile, capture: ModelCapture, metadata: Chec
             document, arrays = tree.encode(capture.exact)
             archive.writestr(EXACT_MEMBER, json.dumps(document))
             with archive.open(EXACT_ARRAYS_MEMBER, "w", force_zip64=True) as member:
-                for piece in tree.pieces(arrays):
-                    member.write(piece.data)
+                pieces = (piece.data for piece in tree.pieces(arrays))
+                # Each write has its price; a buffer of images is not copied to save it.
+                for piece in [b"".join(pieces)] if sum(a.nbytes for a in arrays) < _SMALL else pieces:
+                    member.write(piece)
+
+
+def _text(state: dict[str, Any]) -> str:
+    try:
+        return json.dumps(state, default=plain, ensure_ascii=False)
+    except TypeError:
+        return json.dumps(plain(state), ensure_ascii=False)  # A key is no text.
 
 
 def read_exact(path: Path) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,14 @@ from sb3_mlflow_ckpt.state.container import READ_ERRORS, Container, open_contain
 STATE_MEMBER = "sb3_mlflow_ckpt/state.json"
 
 
-def dump_state(metadata: CheckpointMetadata, state: dict[str, Any]) -> bytes:
-    """Return the member's content: the metadata as it is known inside the zip (no hashes), and the state."""
-    text = json.dumps({"metadata": metadata.to_json(), **state}, ensure_ascii=False)
+def dump_state(metadata: CheckpointMetadata, state: str) -> bytes:
+    """Return the member's content.
+
+    Args:
+        metadata: As it is known inside the zip, without hashes.
+        state: What stands beside it: the text of a JSON object that is not empty.
+    """
+    text = f'{{"metadata": {metadata.to_text()}, {state[1:]}'
     # As in the metadata file: what UTF-8 lacks is written as JSON's own escape.
     return text.encode("utf-8", "backslashreplace")
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.save_util import recursive_getattr, recursive_setattr
 from stable_baselines3.common.vec_env import unwrap_vec_normalize
 
+from sb3_mlflow_ckpt import tree
 from sb3_mlflow_ckpt.algorithms import describe_constructor
 from sb3_mlflow_ckpt.spaces import encode_space
 from sb3_mlflow_ckpt.state import normalization
@@ -44,6 +46,13 @@ _INFO_BUFFERS = ("ep_info_buffer", "ep_success_buffer")
 _ENTROPY_STATE = frozenset({"ent_coef_optimizer", "log_ent_coef", "ent_coef_tensor"})
 
 
+class SpacesText(NamedTuple):
+    """Two spaces as they are written: a JSON document, and the arrays that it counts."""
+
+    document: str
+    arrays: bytes
+
+
 @dataclass(frozen=True)
 class ModelCapture:
     """A model as it stood at one moment, sharing no memory with it.
@@ -54,8 +63,8 @@ class ModelCapture:
         variables: Other tensors (`log_ent_coef`).
         state: Counters and settings; plain JSON but for numpy's scalars and arrays, which `plain` turns into it.
         arrays: Statistics of VecNormalize; empty without one.
-        spaces: The `observation` and `action` space: encoded where it was captured, decoded where it was read; None
-            where they have no plain form.
+        spaces: The `observation` and `action` space; None where it was captured, and where they have no plain form.
+        spaces_text: The same, encoded; None where it was read.
         built: What the constructor would be told to build the model again.
         exact: What makes a resume exact (`state.exact`); None where it was not captured.
         files: Returns the bytes of a `.pth`, for each of `state_dicts` and for the variables (`VARIABLES`); to be
@@ -69,6 +78,7 @@ class ModelCapture:
     state: dict[str, Any]
     arrays: normalization.Arrays = field(default_factory=dict)
     spaces: Mapping[str, Any] | None = None
+    spaces_text: SpacesText | None = None
     built: Mapping[str, Any] = field(default_factory=dict)
     exact: dict[str, Any] | None = None
     files: Mapping[str, Callable[[], Bytes]] = field(default_factory=dict)
@@ -86,7 +96,7 @@ class ModelRecorder:
         self._model = model
         self._data = DataRecorder()
         self._images = ImagePool()
-        self._spaces: tuple[tuple[Any, Any], dict[str, Any] | None] | None = None
+        self._spaces: tuple[tuple[Any, Any], SpacesText | None] | None = None
 
     def capture(self, attributes: Mapping[str, Any] | None = None) -> ModelCapture:
         """Return a copy of everything that a checkpoint holds of the model.
@@ -127,20 +137,21 @@ class ModelRecorder:
             files={**{name: part.content for name, part in parts.items()}, VARIABLES: variables.content},
             state=state,
             arrays=arrays,
-            spaces=self._encoded_spaces(),
+            spaces_text=self._encoded_spaces(),
             built=describe_constructor(model, attributes),
         )
 
-    def _encoded_spaces(self) -> dict[str, Any] | None:
+    def _encoded_spaces(self) -> SpacesText | None:
         spaces = self._model.observation_space, self._model.action_space
         if self._spaces is None or any(old is not new for old, new in zip(self._spaces[0], spaces, strict=True)):
             self._spaces = spaces, _encoded(*spaces)
         return self._spaces[1]
 
 
-def _encoded(observation: Any, action: Any) -> dict[str, Any] | None:
+def _encoded(observation: Any, action: Any) -> SpacesText | None:
     try:
-        return {"observation": encode_space(observation), "action": encode_space(action)}
+        document, arrays = tree.encode({"observation": encode_space(observation), "action": encode_space(action)})
+        return SpacesText(json.dumps(document), b"".join(piece.tobytes() for piece in tree.pieces(arrays)))
     except NotPlainError as error:
         logger.debug("The checkpoint cannot be loaded without an environment: %s", error)
         return None

@@ -37,7 +37,7 @@ class DataRecorder:
     """Captures a model's attributes again and again; what cannot change between is turned into text once."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[Any, Any]] = {}
+        self._known: dict[str, tuple[Any, str]] = {}
 
     def capture(self, attributes: Mapping[str, Any], copied: Mapping[str, Any] | None = None) -> Data:
         """Return what will render attributes as they are now.
@@ -46,35 +46,35 @@ class DataRecorder:
             attributes: The values by name.
             copied: Those that are copies already.
         """
-        copies, rendered = dict(copied or {}), dict[str, Any]()
+        copies, rendered = dict(copied or {}), dict[str, str]()
         for name, value in attributes.items():
             if name in copies:
                 continue
             try:
-                copies[name] = _copied(value)
+                copies[name] = value if type(value) in _PLAIN else _copied(value)
             except Exception:
                 # What cannot be copied may change while it is pickled, so that cannot wait.
-                rendered |= _entries({name: value})
+                rendered[name] = _entry(name, value)
         return lambda: self._render(attributes.keys(), copies, rendered)
 
-    def _render(self, names: Iterable[str], copies: Mapping[str, Any], rendered: Mapping[str, Any]) -> str:
-        changing = {name: value for name, value in copies.items() if not isinstance(value, _CONSTANT)}
-        constant = {name: self._constant(name, value) for name, value in copies.items() if name not in changing}
-        entries = {**rendered, **constant, **_entries(changing)}
-        return json.dumps({name: entries[name] for name in names}, indent=4)
+    def _render(self, names: Iterable[str], copies: Mapping[str, Any], rendered: Mapping[str, str]) -> str:
+        entries = [rendered[name] if name in rendered else self._entry(name, copies[name]) for name in names]
+        return "{\n" + ",\n".join(entries) + "\n}"
 
-    def _constant(self, name: str, value: Any) -> Any:
+    def _entry(self, name: str, value: Any) -> str:
+        if not isinstance(value, _CONSTANT):
+            return _entry(name, value)
         known = self._known.get(name)
         if known is None or known[0] is not value:
-            known = self._known[name] = value, _entries({name: value})[name]
+            known = self._known[name] = value, _entry(name, value)
         return known[1]
 
 
-def _entries(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what SB3's JSON says of attributes."""
-    plain = {name: value for name, value in attributes.items() if type(value) in _PLAIN}
-    others = {name: value for name, value in attributes.items() if name not in plain}
-    return {**plain, **json.loads(data_to_json(others))}
+def _entry(name: str, value: Any) -> str:
+    """Return the lines that SB3's JSON has for an attribute."""
+    if type(value) in _PLAIN:
+        return f"    {json.dumps(name)}: {json.dumps(value)}"
+    return data_to_json({name: value})[2:-2]
 
 
 def _copied(value: Any) -> Any:

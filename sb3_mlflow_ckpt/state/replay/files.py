@@ -33,6 +33,7 @@ def write_rows(rows: ChunkRows, span: Span, folder: RunFolder, token: str) -> Ch
         except NotPlainError as error:
             reason = f"the infos of the replay buffer are not kept ({error})"
             write_chunk(cast("IO[bytes]", hashed), replace(rows, infos=None))
+        hashed.flush()
     atomic.commit(temporary, path)
     return Chunk(name, span.start, span.end, hashed.bytes, hashed.sha256, reason)
 
@@ -83,6 +84,7 @@ def _copy(source: Path, path: Path, chunk: Chunk) -> None:
         hashed = atomic.HashedFile(file)
         while piece := original.read(1 << 20):
             hashed.write(piece)
+        hashed.flush()
         if hashed.sha256 != chunk.sha256:
             raise OSError(f"{source} differs from what its checkpoint says")
     atomic.commit(temporary, path)
