@@ -133,6 +133,11 @@ class LiveRun:
         """The record as it stands."""
         return self._journal.record
 
+    @property
+    def mirror_processes(self) -> dict[str, int | None]:
+        """The id of the process in which each mirror works, by its name; None where that is this one."""
+        return {replicator.mirror.name: replicator.process_id for replicator in self._replicators}
+
     def save(self, capture: CheckpointCapture) -> float:
         """Queue a checkpoint for the background writer; return the seconds that the caller waited for room."""
         # Whoever takes it out releases it: the writer, or this thread if it is interrupted before the writer has it.

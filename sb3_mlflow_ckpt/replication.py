@@ -117,7 +117,14 @@ class Mirror(Protocol):
 
 
 class Place(Protocol):
-    """Where a mirror does its work."""
+    """Where a mirror does its work.
+
+    Attributes:
+        process_id: The id of the process that does it; None where that is this one.
+    """
+
+    @property
+    def process_id(self) -> int | None: ...
 
     def replicate(self) -> None:
         """Do what the mirror's `replicate` does."""
@@ -129,6 +136,8 @@ class Place(Protocol):
 
 
 class _InThread:
+    process_id = None
+
     def __init__(self, mirror: Mirror, journal: RunJournal) -> None:
         self.replicate = lambda: mirror.replicate(journal)
 
@@ -162,6 +171,11 @@ class Replicator:
         """Begin; everything that is in the journal already is sent first."""
         self._changed.set()
         self._thread.start()
+
+    @property
+    def process_id(self) -> int | None:
+        """The id of the process in which the mirror works; None where that is this one."""
+        return self._place.process_id
 
     @property
     def failure(self) -> BaseException | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from costs.ours import Ours, OursMLflow, OursMLflowServer
+from costs.ours import Ours, OursMLflow, OursMLflowServer, OursMLflowServerThread, OursMLflowThread
 from costs.peers import Lightning, Orbax, TorchDistributed
 from costs.saving import Copy, Method, Save, SaveMLflow, SaveMLflowServer
 
@@ -17,4 +17,6 @@ METHODS: dict[str, tuple[str, type[Method]]] = {
     "ours": ("EpisodeCheckpointCallback", Ours),
     "ours-mlflow": ("EpisodeCheckpointCallback + MLflow, local store", OursMLflow),
     "ours-server": ("EpisodeCheckpointCallback + MLflow, server", OursMLflowServer),
+    "ours-mlflow-thread": ("the same in a thread, local store", OursMLflowThread),
+    "ours-server-thread": ("the same in a thread, server", OursMLflowServerThread),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,11 +18,16 @@ class Ours(Method):
     def __init__(self, place: Place) -> None:
         super().__init__(place)
         self._written = Moment()
-        self._callback = _TimedCallback(self, 1, 3, place.folder, mirrors=[self._mirror(place)], resume_state="exact")
+        self._callback = _TimedCallback(
+            self, 1, 3, place.folder, mirrors=[*self._mirrors(place), _Watch(self.saved)], resume_state="exact",
+            mirror_process_seconds=0 if self._apart else math.inf,
+        )  # fmt: skip
         self.callbacks = (self._callback,)
 
-    def _mirror(self, place: Place) -> Any:
-        return _Watch(self.saved)
+    _uploads = _apart = False
+
+    def _mirrors(self, place: Place) -> list[MLflowMirror]:
+        return []
 
     def save(self, model: Any) -> None:
         """Do nothing but forget the last one: the callback sees the end of the episode."""
@@ -34,14 +40,17 @@ class Ours(Method):
         if len(ledger.saved) >= self._count and not (self._uploads and ledger.waiting):
             self._written.note()
 
-    _uploads = False
-
     def taken(self, seconds: float) -> None:
         """Hear how long the training thread was held."""
         self.stall = seconds
 
     def wait(self) -> float:
         ended = self._written.wait()
+        if self._apart:
+            # The first ones warm it up: what is measured is the process at work.
+            while (live := self._callback._live) is not None and live.mirror_processes["MLflow"] is None:
+                live.note_resume({})
+                time.sleep(0.05)
         if self._count == 1:
             latest = latest_checkpoint(self._folder)
             assert latest is not None and verify_checkpoint(latest).resume_state["exact"], "It must be exact"
@@ -49,19 +58,31 @@ class Ours(Method):
 
 
 class OursMLflow(Ours):
-    """The same, with MLflowMirror."""
+    """The same, with MLflowMirror in a process of its own."""
 
-    _uploads = True
+    _uploads = _apart = True
 
-    def _mirror(self, place: Place) -> Any:
-        return _timed_mirror(self.saved, place.local)
+    def _mirrors(self, place: Place) -> list[MLflowMirror]:
+        return [MLflowMirror(place.local)]
 
 
 class OursMLflowServer(OursMLflow):
     """The same, to a server."""
 
-    def _mirror(self, place: Place) -> Any:
-        return _timed_mirror(self.saved, place.server)
+    def _mirrors(self, place: Place) -> list[MLflowMirror]:
+        return [MLflowMirror(place.server)]
+
+
+class OursMLflowThread(OursMLflow):
+    """With MLflowMirror in a thread of the training's process."""
+
+    _apart = False
+
+
+class OursMLflowServerThread(OursMLflowServer):
+    """The same, to a server."""
+
+    _apart = False
 
 
 class _TimedCallback(EpisodeCheckpointCallback):
@@ -97,12 +118,3 @@ class _Watch:
 
     def close(self) -> None:
         pass
-
-
-def _timed_mirror(hear: Callable[[RunJournal], None], uri: str) -> MLflowMirror:
-    class Timed(MLflowMirror):
-        def replicate(self, journal: RunJournal) -> None:
-            super().replicate(journal)
-            hear(journal)
-
-    return Timed(uri)
