@@ -161,9 +161,13 @@ def _copied_infos(model: Any) -> dict[str, Any]:
     """Return copies of what SB3 keeps of the last episodes: deques, but ARS has lists."""
     buffers = {key: getattr(model, key, None) for key in _INFO_BUFFERS}
     return {
-        key: deque(map(copy.copy, buffer), buffer.maxlen) if isinstance(buffer, deque) else copy.deepcopy(buffer)
+        key: deque(map(_copied_info, buffer), buffer.maxlen) if isinstance(buffer, deque) else copy.deepcopy(buffer)
         for key, buffer in buffers.items()
     }
+
+
+def _copied_info(info: Any) -> Any:
+    return info.copy() if type(info) is dict else copy.copy(info)
 
 
 def restore_model(

@@ -28,7 +28,7 @@ def capture(model: BaseAlgorithm) -> State:
     state: State = {
         "python": {"version": version, "words": np.fromiter(words, np.uint32, len(words)), "gauss": gauss},
         "numpy": np.random.get_state(legacy=False),
-        "torch": th.get_rng_state().numpy().copy(),
+        "torch": th.get_rng_state().numpy(),  # A copy already.
         "action_space": [_generator_state(space) for space in _parts(model.action_space)],
     }
     if model.device.type == "cuda":
