@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cached_property
@@ -44,6 +45,8 @@ class Uploads:
         self._artifact_uri = run.info.artifact_uri
         self._uri = uri
         self._retention = retention
+        # Whether something was sent since the newest was last named.
+        self._untagged = False
 
     @cached_property
     def files(self) -> dict[str, int | None]:
@@ -74,11 +77,12 @@ class Uploads:
             # Zip first, metadata last, a file at a time: the mirror has the disk's commit protocol.
             self._put(model, model.name)
             self._put(metadata, metadata.name)
-            artifact = f"{ARTIFACT_FOLDER}/{model.name}"
-            if episode == journal.newest_mirrored(episode):
-                self._client.set_tag(self.run_id, LATEST_TAG, artifact)
-            journal.add_mirrored(episode, f"runs:/{self.run_id}/{artifact}", sha256)
+            journal.add_mirrored(episode, f"runs:/{self.run_id}/{ARTIFACT_FOLDER}/{model.name}", sha256)
             sent.append(model.name)
+            self._untagged = True
+        if self._untagged and (latest := latest_artifact(journal)) is not None:
+            self._client.set_tag(self.run_id, LATEST_TAG, latest)
+            self._untagged = False
         return sent
 
     def prune(self, journal: MirroredJournal) -> None:
@@ -118,8 +122,24 @@ class Uploads:
 
     def _put(self, path: Path, name: str) -> None:
         folder = f"{ARTIFACT_FOLDER}/{name}".rpartition("/")[0]
+        self._link(path, folder)
         self._client.log_artifact(self.run_id, str(path), folder)
         self.files[name] = path.stat().st_size if path.exists() else None
+
+    def _link(self, path: Path, folder: str) -> None:
+        """Give a file a second name in a store on the same file system, where MLflow finds that it has it.
+
+        Neither side ever writes to a file in place: each replaces it by another, or removes its own name of it.
+        """
+        from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+        if not isinstance(self._repository, LocalArtifactRepository):
+            return
+        target = Path(self._repository.artifact_dir) / folder / path.name
+        # Another file system, or one without links, or the name is taken: then MLflow copies.
+        with suppress(OSError):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.link(path, target, follow_symlinks=False)
 
     def _remove(self, names: Iterable[str]) -> None:
         for name in names:

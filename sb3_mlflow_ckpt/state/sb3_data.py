@@ -31,7 +31,10 @@ _IMMUTABLE = (
 _CONSTANT = (type, gymnasium.Space)
 _PLAIN = frozenset({type(None), bool, int, float, str})
 # How a class says that its objects are more than their attributes.
-_OWN_WAYS = ("__deepcopy__", "__copy__", "__setstate__", "__slots__", "__getnewargs__", "__getnewargs_ex__")
+_OWN_WAYS = frozenset(
+    f"__{name}__"
+    for name in ("deepcopy", "reduce", "reduce_ex", "getstate", "setstate", "slots", "getnewargs", "getnewargs_ex")
+)
 _SB3 = ("stable_baselines3", "sb3_contrib")
 
 
@@ -74,10 +77,10 @@ class DataRecorder:
 
 def _copied_object(value: Any) -> Any:
     kind = type(value)
-    if kind.__reduce_ex__ is not object.__reduce_ex__ or any(hasattr(kind, name) for name in _OWN_WAYS):
+    if any(not _OWN_WAYS.isdisjoint(vars(base)) for base in kind.__mro__[:-1]):
         return copy.deepcopy(value)
     # What deepcopy does for an object that has nothing but attributes, in a fifth of the time.
-    copied = kind.__new__(kind)
+    copied: Any = object.__new__(kind)
     vars(copied).update({name: _copied(item) for name, item in vars(value).items()})
     return copied
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import mlflow
 import pytest
-from journals import commit, save, start_run
+import requests
+from journals import commit, prune, save, start_run
 from mlflow import MlflowClient
 from mlflow_server import MlflowServer
 from processes import wait_for
@@ -299,3 +301,73 @@ def test_a_checkpoint_that_mlflow_lacks_says_what_it_has(tmp_path: Path, trackin
         resolve(f"runs:/{'f' * 32}")
     with pytest.raises(CheckpointNotFoundError):
         resolve(f"runs:/{mirror.run_id}/../../etc/passwd")
+
+
+def _stored(client: MlflowClient, run_id: str) -> Path:
+    return Path(client.get_run(run_id).info.artifact_uri.removeprefix("file://")) / "checkpoints" / "ep000050.zip"
+
+
+def test_a_store_on_the_same_file_system_takes_no_second_copy(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    mirror = MLflowMirror(uri)
+    journal = _opened(mirror, tmp_path / "runs")
+    save(journal, 50)
+    mirror.replicate(journal)
+    client, run_id = MlflowClient(uri), str(mirror.run_id)
+    artifact = _stored(client, run_id)
+    assert artifact.samefile(journal.folder.model(50))
+    # Each side replaces and removes its own name alone.
+    before = journal.folder.model(50).read_bytes()
+    other = tmp_path / "ep000050.zip"
+    other.write_bytes(b"somebody's own")
+    client.log_artifact(run_id, str(other), "checkpoints")
+    assert journal.folder.model(50).read_bytes() == before
+    save(journal, 50, b"saved again")
+    mirror.replicate(journal)
+    copied = Path(client.download_artifacts(run_id, "checkpoints/ep000050.zip", str(tmp_path)))
+    assert copied.read_bytes() == b"saved again"
+    prune(journal, 50)
+    assert Path(client.download_artifacts(run_id, "checkpoints/ep000050.zip")).read_bytes() == b"saved again"
+
+
+def test_a_store_that_cannot_link_gets_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*names: Any, **options: Any) -> None:
+        raise OSError(errno.EXDEV, "another file system")
+
+    monkeypatch.setattr(os, "link", refuse)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    mirror = MLflowMirror(uri)
+    journal = _opened(mirror, tmp_path / "runs")
+    save(journal, 50)
+    mirror.replicate(journal)
+    artifact = _stored(MlflowClient(uri), str(mirror.run_id))
+    assert artifact.read_bytes() == journal.folder.model(50).read_bytes()
+    assert not artifact.samefile(journal.folder.model(50))
+
+
+def test_one_more_checkpoint_is_a_request_a_file_and_one_for_the_tag(
+    tmp_path: Path, mlflow_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = MLflowMirror(mlflow_uri)
+    journal = _opened(mirror, tmp_path)
+    save(journal, 50)
+    mirror.replicate(journal)
+    asked: list[tuple[str, str, str]] = []
+    whole = requests.adapters.HTTPAdapter.send
+
+    def counted(adapter: Any, request: Any, **options: Any) -> Any:
+        body = "a file" if hasattr(request.body, "read") else "text"
+        asked.append((request.method, request.url.rpartition("/")[2], body))
+        return whole(adapter, request, **options)
+
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", counted)
+    save(journal, 100)
+    mirror.replicate(journal)
+    assert asked == [
+        ("PUT", "ep000100.zip", "a file"),
+        ("PUT", "ep000100_metadata.json", "a file"),
+        ("POST", "set-tag", "text"),
+    ]
+    asked.clear()
+    mirror.replicate(journal)
+    assert asked == []
