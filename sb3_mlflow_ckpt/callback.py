@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from sb3_mlflow_ckpt.resumption import ResumeState
 from sb3_mlflow_ckpt.run_opening import Lineage, cancel, first_record, open_run
 from sb3_mlflow_ckpt.runs.document import plain
 from sb3_mlflow_ckpt.snapshots import SaveReplayBuffer, Snapshots
+from sb3_mlflow_ckpt.stalls import Stalls
 from sb3_mlflow_ckpt.state.callbacks import CallbackStates
 from sb3_mlflow_ckpt.state.model import all_finite
 from sb3_mlflow_ckpt.state.safe_point import SafePoint, is_writing
@@ -145,6 +147,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         self._snapshots: Snapshots | None = None
         self._due: int | None = None
         self._curve = CurveSampler()
+        self._stalls = Stalls()
         self._latest_of_ended: Path | None = None
         self._episodes = EndedEpisodes()
 
@@ -238,6 +241,7 @@ class EpisodeCheckpointCallback(BaseCallback):
     def _prepare(self, live: LiveRun) -> None:
         self.logger.output_formats.append(self._curve)
         self._curve.start(self.num_timesteps)
+        self._stalls = Stalls()
         watched = CallbackStates(self.locals.get("callback"))
         self._snapshots = Snapshots(self.model, watched, self._resume_state, self._save_replay_buffer, self._take)
         self._due, self._trained = None, weakref.ref(self.model)
@@ -393,6 +397,7 @@ class EpisodeCheckpointCallback(BaseCallback):
 
     def _save(self, episode: int, trigger: str, point: SafePoint | None = None) -> None:
         assert self.agent_id is not None and self.run_id is not None
+        started = time.perf_counter()
         live, snapshot = self._running(), self._moments.capture(point)
         try:
             capture = capture_checkpoint(
@@ -416,7 +421,8 @@ class EpisodeCheckpointCallback(BaseCallback):
                 # Training would wait for somebody to write it.
                 snapshot.replay.release()
             raise
-        live.save(capture)
+        waited = live.save(capture) + self._moments.recorder.waited
+        self._stalls.note(time.perf_counter() - started, waited)
         self._saved_state = self._state()
 
     def _check_writer(self, live: LiveRun) -> None:
@@ -440,13 +446,14 @@ class EpisodeCheckpointCallback(BaseCallback):
         raise self._interruption
 
     def _add_point(self, live: LiveRun) -> None:
-        point = self._curve.point(self.model, self.episode)
+        point = {**self._curve.point(self.model, self.episode), **self._stalls.point()}
         live.add_metrics(point)
         live.report(
             num_timesteps=self.num_timesteps,
             episode=self.episode,
             steps_per_second=point["steps_per_second"],
             mean_reward=point["ep_rew_mean"],
+            checkpoint_stalls=self._stalls.summary(),
         )
 
     def _finish(self, status: str, error: BaseException | None = None) -> None:

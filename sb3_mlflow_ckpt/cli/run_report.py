@@ -16,6 +16,7 @@ from sb3_mlflow_ckpt.resume_commands import given_again, resume_command
 from sb3_mlflow_ckpt.runs.comparison import changes_from_parent
 from sb3_mlflow_ckpt.runs.lineage import Lineage
 from sb3_mlflow_ckpt.runs.reader import Glance
+from sb3_mlflow_ckpt.stalls import stall_text
 
 _MOST_CHECKPOINTS = 20
 
@@ -68,6 +69,7 @@ def _facts(run: Mapping[str, Any]) -> dict[str, str]:
         f"{text(progress.get('total_timesteps'))} timesteps",
         "reward": f"mean {cells.reward(progress.get('mean_reward'))}, best "
         f"{cells.reward(progress.get('best_mean_reward'))}",
+        "checkpoint stalls": stall_text(progress) or NOTHING,
         "started": cells.when(run.get("started_at")),
         "heartbeat": cells.when(run.get("heartbeat_at")) if run.get("ended_at") is None else NOTHING,
         "ended": cells.when(run.get("ended_at")),

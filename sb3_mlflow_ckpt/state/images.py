@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -235,11 +236,19 @@ class ImagePool:
         for image, sibling in zip(self._free, self._free[::-1], strict=True):
             image.sibling = sibling
         self._changed = threading.Condition()
+        self._waited = 0.0
+
+    @property
+    def waited(self) -> float:
+        """The seconds that the last `take` waited."""
+        return self._waited
 
     def take(self) -> tuple[Image, Callable[[], None]]:
         """Wait for an image that is free; return it, and what lets it be used again."""
+        started = time.perf_counter()
         with self._changed:
             self._changed.wait_for(lambda: self._free)
+            self._waited = time.perf_counter() - started
             image = self._free.pop()
         image.begin()
         held = [image]

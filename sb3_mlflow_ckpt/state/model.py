@@ -98,6 +98,11 @@ class ModelRecorder:
         self._images = ImagePool()
         self._spaces: tuple[tuple[Any, Any], SpacesText | None] | None = None
 
+    @property
+    def waited(self) -> float:
+        """The seconds that the last `capture` waited for a capture to be released."""
+        return self._images.waited
+
     def capture(self, attributes: Mapping[str, Any] | None = None) -> ModelCapture:
         """Return a copy of everything that a checkpoint holds of the model.
 

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from sb3_mlflow_ckpt.runs.comparison import changes_from_parent, flat_config
 from sb3_mlflow_ckpt.runs.lineage import Lineage, Segment
 from sb3_mlflow_ckpt.runs.reader import Document
+from sb3_mlflow_ckpt.stalls import stall_text
 from sb3_mlflow_ckpt.web import formats
 from sb3_mlflow_ckpt.web.charts import reward_chart
 from sb3_mlflow_ckpt.web.checkpoint_views import CheckpointList
@@ -184,6 +185,7 @@ def facts(record: Mapping[str, Any]) -> tuple[Fact, ...]:
         Fact("Commit", f"{commit} + changes" if commit and git.get("dirty") is True else commit, mono=True),
         Fact("Seed", formats.text(mapping(record.get("config")).get("seed")), mono=True),
         Fact("Attempt", formats.count(attempt) if attempt is not None and attempt > 1 else ""),
+        Fact("Held by checkpoints", stall_text(mapping(record.get("progress")))),
     )
     return tuple(fact for fact in found if fact.value)
 

@@ -83,7 +83,10 @@ class RunSummary(_Open):
     parent: Any = Field(default=None, description="`{run_id, checkpoint, episode, sha256}` of what it resumed, or null")
     root_run_id: Any = Field(default=None, description="The first run of the chain of resumes")
     progress: Any = Field(
-        default=None, description="`{num_timesteps, total_timesteps, episode, steps_per_second, mean_reward}`"
+        default=None,
+        description="`{num_timesteps, total_timesteps, episode, steps_per_second, mean_reward, checkpoint_stalls}`; "
+        "the last is how long checkpoints held the training: `{count, total_ms, longest_ms, waited_ms}`, of which it "
+        "waited for earlier ones to be written",
     )
     started_at: Any = Field(default=None, description="When it started", examples=["2026-01-01T12:00:00.000Z"])
     heartbeat_at: Any = Field(default=None, description="When its process last gave a sign of life")
