@@ -90,7 +90,9 @@ class TensorPickler:
         typed = kind(wrap_storage=tensor.untyped_storage(), dtype=tensor.dtype, _internal=True)
         storage = _Storage(key, getattr(th, typed._pickle_storage_type()), typed._size())
         place = (storage, tensor.storage_offset(), tuple(tensor.size()), tensor.stride())
-        reduced: tuple[Any, ...] = th._utils._rebuild_tensor_v2, (*place, False, OrderedDict[Any, Any]())
+        # Written with its types, the class itself would be in the pickle.
+        hooks: OrderedDict[Any, Any] = OrderedDict()
+        reduced: tuple[Any, ...] = th._utils._rebuild_tensor_v2, (*place, False, hooks)
         self._reduced[id(tensor), key] = reduced
         return reduced
 

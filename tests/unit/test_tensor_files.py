@@ -1,0 +1,152 @@
+"""The `.pth` members: torch's own file, in which tensors are exchanged."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import zipfile
+from typing import Any
+
+import pytest
+import torch as th
+from sb3_contrib import TQC
+from stable_baselines3 import A2C, DQN, PPO, SAC
+
+from sb3_mlflow_ckpt.state import images
+from sb3_mlflow_ckpt.state.images import ImagePool
+from sb3_mlflow_ckpt.state.model import VARIABLES, ModelRecorder
+from sb3_mlflow_ckpt.state.tensor_files import TensorPickler
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, th.Tensor):
+        return one.dtype == other.dtype and th.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def loaded(content: Any) -> Any:
+    raw = bytes(content.data)
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        assert archive.testzip() is None
+    return th.load(io.BytesIO(raw), weights_only=True)
+
+
+def fill(value: Any, part: str = "p", pool: ImagePool | None = None) -> Any:
+    image, release = (pool or ImagePool()).take()
+    filled = image.copy(part, value)
+    image.end()
+    return filled, release
+
+
+VALUES: dict[str, Any] = {
+    "types": {str(t): th.arange(5).to(t) for t in (th.float32, th.float64, th.float16, th.bfloat16, th.int64, th.int32,
+                                                   th.int16, th.int8, th.uint8, th.bool, th.complex64)},
+    "shapes": [th.zeros(()), th.zeros(0), th.zeros(0, 3), th.ones(2, 3).t(), th.ones(2, 3, 4, 5).to(memory_format=th.channels_last)],
+    "nested": {"state": {0: {"step": th.tensor(3.0)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999), "eps": None, "params": [0]}]},
+    "nothing": {},
+    "no tensor": {"a": 1, "b": "text", "c": 2**40, "d": -1.5, "e": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_it_is_pickled_as_torch_pickles_it(name: str) -> None:
+    part, _ = fill(VALUES[name])
+    torchs = io.BytesIO()
+    th.save(part.value, torchs)
+    with zipfile.ZipFile(torchs) as archive:
+        assert TensorPickler().dump(part.value)[0] == archive.read("archive/data.pkl")
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_what_comes_back_is_what_was_copied_the_first_time_and_later(name: str) -> None:
+    pool = ImagePool()
+    for _ in range(4):
+        part, release = fill(VALUES[name], pool=pool)
+        assert same(loaded(part.content()), VALUES[name])
+        release()
+
+
+@pytest.mark.parametrize("kind", [PPO, A2C, DQN, SAC, TQC], ids=lambda kind: kind.__name__)
+def test_a_training_has_torch_write_once_for_both_images(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = "CartPole-v1" if kind in (PPO, A2C, DQN) else "Pendulum-v1"
+    options = {"learning_starts": 8} if kind in (DQN, SAC, TQC) else {"n_steps": 16}
+    updates = itertools.count(1)
+    model = kind("MlpPolicy", env, seed=0, device="cpu", learning_rate=lambda _: 1e-3 / next(updates), **options)
+    model.learn(32)
+    recorder, wrote = ModelRecorder(model), []
+    whole = images.saved
+    monkeypatch.setattr(images, "saved", lambda *given: wrote.append(None) or whole(*given))
+    for round_ in range(6):
+        model.learn(32, reset_num_timesteps=False)
+        capture = recorder.capture()
+        # What it was captured from goes on changing.
+        expected = {name: loaded_as_saved(value) for name, value in model.get_parameters().items()}
+        model.learn(16, reset_num_timesteps=False)
+        for name, value in expected.items():
+            assert same(loaded(capture.files[name]()), value), name
+        loaded(capture.files[VARIABLES]())
+        capture.release()
+        if round_ == 1:
+            # SB3's RMSprop counts its steps in the pickle: one that grows by a byte is written anew.
+            wrote.clear()
+    assert len(wrote) <= (2 if kind is A2C else 0), "a checkpoint was pickled and written by torch again"
+
+
+def loaded_as_saved(value: Any) -> Any:
+    file = io.BytesIO()
+    th.save(value, file)
+    file.seek(0)
+    return th.load(file, weights_only=True)
+
+
+def test_a_number_that_changes_is_in_the_next_file_and_so_is_one_that_takes_more_bytes() -> None:
+    pool, weight = ImagePool(), th.ones(3)
+    for value in (0.5, 0.25, 1, 300, 70000, 2**40, "text", None, 0.125):
+        weight += 1
+        part, release = fill({"lr": value, "weight": weight}, pool=pool)
+        assert same(loaded(part.content()), {"lr": value, "weight": weight})
+        release()
+
+
+def test_tensors_that_come_in_another_form_get_a_file_of_their_own() -> None:
+    pool = ImagePool()
+    for shape in ((3,), (3,), (4, 2), (4, 2), (3,), (1, 1)):
+        value = {"a": th.rand(shape), "b": th.rand(2)}
+        part, release = fill(value, pool=pool)
+        assert same(loaded(part.content()), value)
+        release()
+    for length in (3, 1, 2):
+        values = [th.rand(2) for _ in range(length)]
+        part, release = fill(values, pool=pool)
+        assert same(loaded(part.content()), values)
+        release()
+
+
+def test_where_torch_pickles_otherwise_only_what_is_pickled_alike_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = TensorPickler.dump
+    monkeypatch.setattr(TensorPickler, "dump", lambda self, value: (whole(self, value)[0] + b"another", whole(self, value)[1]))
+    pool = ImagePool()
+    for lr in (0.5, 0.5, 0.25, 0.25):
+        value = {"lr": lr, "weight": th.rand(3)}
+        part, release = fill(value, pool=pool)
+        assert same(loaded(part.content()), value)
+        release()
+
+
+def test_a_device_is_copied_from_beside_the_training() -> None:
+    if not th.cuda.is_available():
+        pytest.skip("NOT TESTED ON A GPU: torch finds none here")
+    pool, weight = ImagePool(), th.zeros(1 << 22, device="cuda")
+    for count in range(4):
+        part, release = fill({"weight": weight, "step": th.tensor(float(count))}, pool=pool)
+        # What comes next on the device must come after the copy.
+        weight += 1
+        copied = loaded(part.content())
+        assert copied["weight"].device.type == "cpu"
+        assert th.equal(copied["weight"], th.full((1 << 22,), float(count)))
+        assert part.value["weight"].is_pinned()
+        release()
