@@ -237,7 +237,23 @@ class RunJournal:
     def on_disk(self) -> CheckpointLedger:
         """Return a copy of the ledger as far as it tells of checkpoints that are on disk."""
         with self._lock:
-            return self.ledger.copy_of_disk()
+            return self.ledger.copy_of(self.ledger.on_disk)
+
+    def in_mirror(self) -> CheckpointLedger:
+        """Return a copy of the ledger as far as it tells of checkpoints that lie in the mirror or wait for it."""
+        with self._lock:
+            return self.ledger.copy_of({*self.ledger.uris, *self.ledger.waiting})
+
+    def changed_since(self, line: int, *further: int) -> tuple[CheckpointLedger, int]:
+        """Return a copy of the ledger as far as lines behind a number told of it, and the number of the last line.
+
+        Args:
+            line: The number that the last call returned; 0 for all.
+            further: Episodes that the copy holds in any case.
+        """
+        with self._lock:
+            changed, last = self.ledger.changed_since(line)
+            return self.ledger.copy_of({*changed, *further}), last
 
     def snapshot(self) -> CheckpointLedger:
         """Return a copy of the ledger as it stands; `ledger` itself goes on changing under other threads."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 from sb3_mlflow_ckpt.errors import CheckpointError
@@ -89,6 +90,10 @@ class CheckpointLedger:
         # Kept, not worked out: asked for at every checkpoint, of however many that were saved before it.
         self.on_disk: dict[int, None] = {}
         self.waiting: set[int] = set()
+        # The number of the line that told last of an episode, the highest at the end; and of its commit.
+        self._changed: dict[int, int] = {}
+        self._committed: dict[int, int] = {}
+        self._lines = 0
 
     def copy(self) -> CheckpointLedger:
         """Return a ledger of its own with the same facts."""
@@ -96,16 +101,27 @@ class CheckpointLedger:
         ledger.saved, ledger.uris = dict(self.saved), dict(self.uris)
         ledger.retired, ledger.pruned = set(self.retired), set(self.pruned)
         ledger.on_disk, ledger.waiting = dict(self.on_disk), set(self.waiting)
+        ledger._changed, ledger._committed, ledger._lines = dict(self._changed), dict(self._committed), self._lines
         return ledger
 
-    def copy_of_disk(self) -> CheckpointLedger:
-        """Return a ledger of its own that knows the checkpoints on disk, and no others."""
+    def copy_of(self, episodes: Iterable[int]) -> CheckpointLedger:
+        """Return a ledger of its own that knows these checkpoints, as far as this one does, and no others."""
+        known = sorted((e for e in set(episodes) if e in self.saved), key=self._committed.__getitem__)
         ledger = CheckpointLedger()
-        ledger.saved = {episode: self.saved[episode] for episode in self.on_disk}
-        ledger.uris = {episode: self.uris[episode] for episode in self.on_disk if episode in self.uris}
-        ledger.retired = {episode for episode in self.on_disk if episode in self.retired}
-        ledger.on_disk, ledger.waiting = dict(self.on_disk), set(self.waiting)
+        ledger.saved = {episode: self.saved[episode] for episode in known}
+        ledger.uris = {episode: self.uris[episode] for episode in known if episode in self.uris}
+        ledger.retired = {episode for episode in known if episode in self.retired}
+        ledger.pruned = {episode for episode in known if episode in self.pruned}
+        ledger.on_disk = {episode: None for episode in known if episode in self.on_disk}
+        ledger.waiting = {episode for episode in known if episode in self.waiting}
+        ledger._changed = {episode: self._changed[episode] for episode in known}
+        ledger._committed = {episode: self._committed[episode] for episode in known}
+        ledger._lines = self._lines
         return ledger
+
+    def changed_since(self, line: int) -> tuple[set[int], int]:
+        """Return the episodes of which lines behind a number told, and the number of the last line."""
+        return set(takewhile(lambda episode: self._changed[episode] > line, reversed(self._changed))), self._lines
 
     def newest_mirrored(self, *further: int) -> int | None:
         """Return the episode in the mirror, or of some further ones, that was saved last."""
@@ -140,6 +156,11 @@ class CheckpointLedger:
             self.pruned.add(episode)
         else:
             return None
+        self._lines += 1
+        self._changed.pop(episode, None)
+        self._changed[episode] = self._lines
+        if kind == "saved":
+            self._committed[episode] = self._lines
         self._place(episode, is_new=kind == "saved")
         return episode
 

@@ -64,8 +64,12 @@ class MirroredJournal(Protocol):
         """Return the episode in the mirror, or of some further ones, that was saved last."""
         ...
 
-    def snapshot(self) -> CheckpointLedger:
-        """Return a copy of the ledger."""
+    def in_mirror(self) -> CheckpointLedger:
+        """Return a copy of the ledger as far as it tells of checkpoints that lie in the mirror or wait for it."""
+        ...
+
+    def changed_since(self, line: int, *further: int) -> tuple[CheckpointLedger, int]:
+        """Return a copy of the ledger as far as lines behind a number told of it, and the number of the last line."""
         ...
 
 

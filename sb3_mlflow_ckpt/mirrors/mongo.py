@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from sb3_mlflow_ckpt.journal import RunJournal
@@ -18,7 +19,7 @@ from sb3_mlflow_ckpt.mirrors.stored_run import BATCH, StoredRun, SupersededError
 from sb3_mlflow_ckpt.pins import pinned_episodes
 from sb3_mlflow_ckpt.replication import MirroredJournal
 from sb3_mlflow_ckpt.runs.curve import PlacedPoint, read_points
-from sb3_mlflow_ckpt.runs.document import redact
+from sb3_mlflow_ckpt.runs.document import TERMINAL_STATUSES, redact
 from sb3_mlflow_ckpt.runs.folder import entry
 from sb3_mlflow_ckpt.runs.mongo_database import (
     CHECKPOINTS,
@@ -35,8 +36,8 @@ from sb3_mlflow_ckpt.runs.mongo_database import (
 logger = logging.getLogger(__name__)
 
 _BYTES_PER_SLICE = 1 << 18
-
-_Facts: TypeAlias = tuple[dict[str, Any], "str | None", bool, bool]
+# Times that a look at the folder takes, until the next.
+_PINS_PAUSE = 100
 
 
 @dataclass
@@ -45,7 +46,10 @@ class _Sent:
 
     Attributes:
         record: The record as it was sent last.
-        checkpoints: What each checkpoint's entry was made of, by episode.
+        line: The ledger's line up to which checkpoints were taken up.
+        unsent: Those that were taken up and not yet sent.
+        pinned: Those that were pinned when that was last looked for.
+        next_look_for_pins: When it is looked for again.
         offset: How far `metrics.jsonl` was read, in bytes.
         waiting: Points that were read and not yet sent.
         settled: Whether what earlier attempts left and this one does not know was removed.
@@ -53,7 +57,10 @@ class _Sent:
     """
 
     record: dict[str, Any] | None = None
-    checkpoints: dict[int, _Facts] = field(default_factory=dict)
+    line: int = 0
+    unsent: dict[int, None] = field(default_factory=dict)
+    pinned: set[int] = field(default_factory=set)
+    next_look_for_pins: float = 0.0
     offset: int = 0
     waiting: list[dict[str, Any]] = field(default_factory=list)
     settled: bool = False
@@ -200,7 +207,7 @@ class MongoMirror:
         if sent.record is not None and not run.change(_difference(sent.record, record), beats=self._trains):
             # The record is gone, or a later attempt's: then the rest may be gone as well.
             sent.record, sent.offset, sent.settled = None, 0, False
-            sent.checkpoints.clear()
+            sent.line, sent.next_look_for_pins = 0, 0.0
             sent.waiting.clear()
         if sent.record is None:
             run.replace(record, beats=self._trains)
@@ -216,18 +223,31 @@ class MongoMirror:
         sent.warned = True
 
     def _send_checkpoints(self, run: StoredRun, journal: MirroredJournal, sent: _Sent) -> bool:
-        ledger, pinned = journal.snapshot(), pinned_episodes(journal.folder)
-        facts: dict[int, _Facts] = {
-            episode: (saved, ledger.uris.get(episode), episode in ledger.pruned, episode in pinned)
-            for episode, saved in ledger.saved.items()
-        }
-        changed = [episode for episode, fact in facts.items() if sent.checkpoints.get(episode) != fact]
-        rest = iter(changed)
-        while batch := [*islice(rest, BATCH)]:
-            entries = [encode(entry(journal.folder, ledger, episode, pinned)) for episode in batch]
-            run.upsert(CHECKPOINTS, entries, ("episode",))
-            sent.checkpoints.update({episode: facts[episode] for episode in batch})
-        return bool(changed)
+        pinned = self._look_for_pins(journal, sent)
+        ledger, sent.line = journal.changed_since(sent.line, *sent.unsent, *(pinned ^ sent.pinned))
+        sent.pinned = pinned
+        sent.unsent.update(dict.fromkeys(ledger.saved))
+        changed = bool(sent.unsent)
+        while batch := [*islice(sent.unsent, BATCH)]:
+            # One of another attempt's may be gone from the ledger meanwhile.
+            known = [episode for episode in batch if episode in ledger.saved]
+            run.upsert(CHECKPOINTS, [encode(entry(journal.folder, ledger, e, pinned)) for e in known], ("episode",))
+            for episode in batch:
+                del sent.unsent[episode]
+        return changed
+
+    def _look_for_pins(self, journal: MirroredJournal, sent: _Sent) -> set[int]:
+        """Return the episodes that are pinned, as they were seen last.
+
+        Nobody tells of a pin, and looking takes as long as the folder is: it may have a hundredth of the time. At the
+        run's end all is seen.
+        """
+        began = time.monotonic()
+        if began < sent.next_look_for_pins and journal.record.get("status") not in TERMINAL_STATUSES:
+            return sent.pinned
+        pinned = pinned_episodes(journal.folder)
+        sent.next_look_for_pins = began + _PINS_PAUSE * (time.monotonic() - began)
+        return pinned
 
     def _send_curve(self, run: StoredRun, journal: MirroredJournal, sent: _Sent) -> dict[str, Any] | None:
         """Send the points that are missing; return the last of them."""

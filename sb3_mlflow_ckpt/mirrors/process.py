@@ -79,9 +79,14 @@ class JournalReplica:
         """Return the episode in the mirror, or of some further ones, that was saved last."""
         return self.ledger.newest_mirrored(*further)
 
-    def snapshot(self) -> CheckpointLedger:
-        """Return a copy of the ledger."""
-        return self.ledger.copy()
+    def in_mirror(self) -> CheckpointLedger:
+        """Return a copy of the ledger as far as it tells of checkpoints that lie in the mirror or wait for it."""
+        return self.ledger.copy_of({*self.ledger.uris, *self.ledger.waiting})
+
+    def changed_since(self, line: int, *further: int) -> tuple[CheckpointLedger, int]:
+        """Return a copy of the ledger as far as lines behind a number told of it, and the number of the last line."""
+        changed, last = self.ledger.changed_since(line)
+        return self.ledger.copy_of({*changed, *further}), last
 
 
 class _ToTraining(logging.Handler):

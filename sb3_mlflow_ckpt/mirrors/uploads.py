@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sb3_mlflow_ckpt.atomic import is_own_file
 from sb3_mlflow_ckpt.layout import ARTIFACT_FOLDER, REPLAY_FOLDER, chunk_entry
 from sb3_mlflow_ckpt.mirrors.naming import LATEST_TAG
-from sb3_mlflow_ckpt.pins import pinned_episodes
+from sb3_mlflow_ckpt.pins import is_pinned
 from sb3_mlflow_ckpt.policies import Retention, SavedCheckpoint
 from sb3_mlflow_ckpt.replication import MirroredJournal
 
@@ -89,9 +89,10 @@ class Uploads:
         """Remove the copies that are too old, and the chunks that no copy needs any more."""
         if self._retention.keeps_all:
             return
-        saved = journal.snapshot().saved
-        copies = [SavedCheckpoint(e, saved[e].get("mean_reward")) for e in _in_order_of_saving(journal)]
-        removable = self._retention.removable(copies, {"pinned": pinned_episodes(journal.folder)})
+        before = journal.in_mirror()
+        copies = [SavedCheckpoint(e, before.saved[e].get("mean_reward")) for e in before.saved if e in before.uris]
+        # Asked of those alone that are to go: a folder may hold thousands.
+        removable = [e for e in self._retention.removable(copies) if not is_pinned(journal.folder.model(e))]
         if not removable:
             return
         for episode in removable:
@@ -102,10 +103,10 @@ class Uploads:
                 self._retention = Retention(0)
                 return
             journal.add_unmirrored(episode)
-        ledger = journal.snapshot()
-        named = {e: set(ledger.saved[e].get("replay", ())) for e in ledger.saved}
-        gone = set().union(*(named[episode] for episode in removable if episode in named))
-        kept = set().union(*(named[e] for e in {*ledger.uris, *ledger.waiting} if e in named))
+        gone = _chunks(before.saved[episode] for episode in removable)
+        if not gone:
+            return
+        kept = _chunks(journal.in_mirror().saved.values())
         if gone - kept:
             chunks = {name for name in self.files if name.startswith(f"{REPLAY_FOLDER}/")}
             self._remove(sorted(chunks - {chunk_entry(name) for name in kept}))
@@ -163,7 +164,6 @@ def latest_artifact(journal: MirroredJournal) -> str | None:
     return None if episode is None else f"{ARTIFACT_FOLDER}/{journal.folder.model(episode).name}"
 
 
-def _in_order_of_saving(journal: MirroredJournal) -> list[int]:
-    """Return the episodes in MLflow, the newest last: one that was sent again is as old as it was."""
-    ledger = journal.snapshot()
-    return [episode for episode in ledger.saved if episode in ledger.uris]
+def _chunks(saved: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Return the replay chunks that some checkpoints need."""
+    return {name for facts in saved for name in facts.get("replay", ())}

@@ -39,7 +39,7 @@ def test_a_copy_of_the_disk_says_the_same_of_what_is_there(events: list[dict[str
     ledger = CheckpointLedger()
     for event in events:
         ledger.apply(event)
-    copy = ledger.copy_of_disk()
+    copy = ledger.copy_of(ledger.on_disk)
     assert copy.saved == {episode: ledger.saved[episode] for episode in ledger.on_disk}
     assert (copy.on_disk, copy.waiting, copy.pruned) == (ledger.on_disk, ledger.waiting, set())
     assert copy.waiting == set(copy.saved) - set(copy.uris) - copy.retired
@@ -51,5 +51,23 @@ def test_what_went_long_ago_is_not_in_the_copy_that_retention_looks_at() -> None
         ledger.apply({"event": "saved", "episode": episode})
         if episode > 3:
             ledger.apply({"event": "pruned", "episode": episode - 3})
-    copy = ledger.copy_of_disk()
+    copy = ledger.copy_of(ledger.on_disk)
     assert [*copy.saved] == [*copy.on_disk] == [9_998, 9_999, 10_000]
+
+
+@given(st.lists(EVENTS, max_size=30), st.lists(EVENTS, max_size=30))
+def test_what_changed_since_a_line_is_what_later_lines_told_of(
+    before: list[dict[str, object]], after: list[dict[str, object]]
+) -> None:
+    ledger = CheckpointLedger()
+    for event in before:
+        ledger.apply(event)
+    changed, line = ledger.changed_since(0)
+    assert set(ledger.saved) <= changed
+    assert ledger.changed_since(line) == (set(), line)
+    told = {ledger.apply(event) for event in after} - {None}
+    changed, last = ledger.changed_since(line)
+    assert changed == told
+    copy = ledger.copy_of(changed)
+    assert [*copy.saved.items()] == [item for item in ledger.saved.items() if item[0] in changed]
+    assert (copy.uris.items() <= ledger.uris.items(), last >= line) == (True, True)
