@@ -95,6 +95,7 @@ class LiveRun:
         self.latest_metadata: CheckpointMetadata | None = None
         self._options = options
         self._gave_up: set[int] = set()
+        self._next_complaint = 1
         self._taken_over = False
         self._refused: set[str] = set()
         self._points: deque[Mapping[str, Any]] = deque(maxlen=_MOST_UNWRITTEN_POINTS)
@@ -338,13 +339,18 @@ class LiveRun:
         if not self._mirrored:
             return set()
         protected, given_up = self._options.backlog.split([e for e in ledger.on_disk if e in ledger.waiting])
-        if given_up - self._gave_up:
-            logger.error(
-                "%d checkpoints wait for MLflow, more than max_unmirrored_checkpoints allows: "
-                "the oldest are removed from disk without a copy",
-                len(given_up) + len(protected),
-            )
-            self._gave_up |= given_up
+        new = given_up - self._gave_up
+        if new:
+            self._gave_up |= new
+            # Of a mirror that stays too slow it is said again when there are twice as many.
+            if len(self._gave_up) >= self._next_complaint:
+                self._next_complaint = 2 * len(self._gave_up)
+                logger.error(
+                    "%d checkpoints wait for MLflow, more than max_unmirrored_checkpoints allows: "
+                    "the oldest are removed from disk without a copy (%d so far)",
+                    len(given_up) + len(protected),
+                    len(self._gave_up),
+                )
         return protected
 
     def _beat(self) -> None:

@@ -12,6 +12,14 @@ from sb3_mlflow_ckpt import EpisodeCheckpointCallback, MLflowMirror, latest_chec
 from sb3_mlflow_ckpt.journal import RunJournal
 
 
+def wait_for_processes(callback: EpisodeCheckpointCallback) -> None:
+    """Wait until MLflow's mirror works in a process of its own."""
+    while (live := callback._live) is not None and live.mirror_processes["MLflow"] is None:
+        # It is asked whether it is ready at the next thing that it is told.
+        live.note_resume({})
+        time.sleep(0.05)
+
+
 class Ours(Method):
     """`EpisodeCheckpointCallback` with everything on: it saves by itself, at the safe point after an episode's end."""
 
@@ -48,9 +56,7 @@ class Ours(Method):
         ended = self._written.wait()
         if self._apart:
             # The first ones warm it up: what is measured is the process at work.
-            while (live := self._callback._live) is not None and live.mirror_processes["MLflow"] is None:
-                live.note_resume({})
-                time.sleep(0.05)
+            wait_for_processes(self._callback)
         if self._count == 1:
             latest = latest_checkpoint(self._folder)
             assert latest is not None and verify_checkpoint(latest).resume_state["exact"], "It must be exact"

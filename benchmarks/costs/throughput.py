@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 import torch as th
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 
 from costs.campaign import Stores, Worker, interleaved
+from costs.ours import wait_for_processes
 from costs.saving import Method, Place, Save, SaveMLflow, SaveMLflowServer
 from sb3_mlflow_ckpt import EpisodeCheckpointCallback, MLflowMirror
 
@@ -26,18 +28,28 @@ _WARM_UP = 512
 def modes(stores: Sequence[str]) -> dict[str, tuple[str, int, str]]:
     """Return name -> who saves, every how many episodes (0 is never), and where MLflow keeps it."""
     ours = {f"ours/{n}/{store}": ("EpisodeCheckpointCallback", n, store) for n in INTERVALS for store in stores}
-    return ours | {f"sb3/1/{store}": ("SB3 `save`", 1, store) for store in stores}
+    mirrored = [store for store in stores if store != "no MLflow"]
+    threads = {f"thread/1/{s}": ("EpisodeCheckpointCallback, MLflow in a thread", 1, s) for s in mirrored}
+    return ours | threads | {f"sb3/1/{store}": ("SB3 `save`", 1, store) for store in stores}
 
 
 class Clock(BaseCallback):
-    """Ends a training after so many steps, and tells how long they took."""
+    """Ends a training after so many steps, and tells how long they took.
 
-    def __init__(self, steps: int) -> None:
+    Args:
+        steps: How many are measured.
+        saves: Has a mirror whose process is to be at work before; None where there is none.
+    """
+
+    def __init__(self, steps: int, saves: EpisodeCheckpointCallback | None) -> None:
         super().__init__()
+        self._saves = saves
         self._steps, self._began, self.seconds, self.episodes, self.ended = steps, 0.0, 0.0, 0, 0.0
 
     def _on_step(self) -> bool:
         if self.num_timesteps == _WARM_UP:
+            if self._saves is not None:
+                wait_for_processes(self._saves)
             self._began = time.perf_counter()
         elif self.num_timesteps >= _WARM_UP + self._steps:
             self.ended = time.perf_counter()
@@ -66,10 +78,12 @@ def train(connection: Connection, place: Place, steps: int, threads: int) -> Non
     os.chdir(place.base)
     while (mode := connection.recv()) is not None:
         place.folder.mkdir()
-        clock = Clock(steps)
+        callbacks = _callbacks(mode, place)
+        apart = mode.startswith("ours/") and not mode.endswith("/no MLflow")
+        clock = Clock(steps, cast("EpisodeCheckpointCallback", callbacks[0]) if apart else None)
         # The same seed and so the same episodes in each of them.
         model = PPO("MlpPolicy", "CartPole-v1", seed=0, n_steps=512, device="cpu")
-        model.learn(10**9, callback=CallbackList([*_callbacks(mode, place), clock]))
+        model.learn(10**9, callback=CallbackList([*callbacks, clock]))
         connection.send({
             "seconds": clock.seconds, "episodes": clock.episodes, "end": time.perf_counter() - clock.ended,
         })  # fmt: skip
@@ -84,7 +98,12 @@ def _callbacks(mode: str, place: Place) -> list[BaseCallback]:
         return [SaveEveryEpisode(_SAVES[store](place))]
     uri = {"local store": place.local, "server": place.server}.get(store)
     mirrors = [] if uri is None else [MLflowMirror(uri)]
-    return [EpisodeCheckpointCallback(int(interval), 3, place.folder, mirrors=mirrors, resume_state="exact")]
+    return [
+        EpisodeCheckpointCallback(
+            int(interval), 3, place.folder, mirrors=mirrors, resume_state="exact",
+            mirror_process_seconds=math.inf if who == "thread" else 0,
+        )
+    ]  # fmt: skip
 
 
 def throughput(stores: Stores, options: Any) -> Iterator[dict[str, Any]]:

@@ -71,12 +71,18 @@ class Uploads:
             sha256 = saved.get("sha256")
             # Of another content under this name: while the zip is sent, nobody must take it for whole.
             self.withdraw(metadata.name)
-            for name in saved.get("replay", ()):
-                if chunk_entry(name) not in self.files and _is_own_chunk(journal, name):
-                    self._put(journal.folder.chunk(name), chunk_entry(name))
-            # Zip first, metadata last, a file at a time: the mirror has the disk's commit protocol.
-            self._put(model, model.name)
-            self._put(metadata, metadata.name)
+            try:
+                for name in saved.get("replay", ()):
+                    if chunk_entry(name) not in self.files and _is_own_chunk(journal, name):
+                        self._put(journal.folder.chunk(name), chunk_entry(name))
+                # Zip first, metadata last, a file at a time: the mirror has the disk's commit protocol.
+                self._put(model, model.name)
+                self._put(metadata, metadata.name)
+            except FileNotFoundError:
+                if metadata.exists():
+                    raise
+                self.withdraw(model.name)
+                continue  # Pruned while it was sent.
             journal.add_mirrored(episode, f"runs:/{self.run_id}/{ARTIFACT_FOLDER}/{model.name}", sha256)
             sent.append(model.name)
             self._untagged = True

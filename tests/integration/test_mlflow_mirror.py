@@ -371,3 +371,26 @@ def test_one_more_checkpoint_is_a_request_a_file_and_one_for_the_tag(
     asked.clear()
     mirror.replicate(journal)
     assert asked == []
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_sent_is_no_outage(tmp_path: Path, tracking_uri: str) -> None:
+    mirror = MLflowMirror(tracking_uri)
+    journal = _opened(mirror, tmp_path)
+    save(journal, 50)
+    mirror.replicate(journal)
+    assert mirror._uploads is not None
+    whole = mirror._uploads._put
+
+    def put(path: Path, name: str) -> None:
+        if name == "ep000100_metadata.json":
+            # Retention is quicker where the backlog is longer than its limit.
+            prune(journal, 100)
+        whole(path, name)
+
+    mirror._uploads._put = put  # type: ignore[method-assign]
+    save(journal, 100)
+    save(journal, 150)
+    mirror.replicate(journal)
+    names = {file.path for file in MlflowClient(tracking_uri).list_artifacts(str(mirror.run_id), "checkpoints")}
+    assert {name for name in names if "ep000100" in name} == set()
+    assert {50, 150} == set(journal.ledger.uris)
