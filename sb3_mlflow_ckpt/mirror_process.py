@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import select
 import subprocess
 import sys
@@ -69,7 +70,9 @@ class MirrorPlace:
     def __init__(self, mirror: Mirror, journal: RunJournal, after_seconds: float = DEFAULT_AFTER_SECONDS) -> None:
         self._mirror = mirror
         self._journal = journal
-        self._due = time.monotonic() + after_seconds if isinstance(mirror, Relocatable) else math.inf
+        # Elsewhere pipes cannot be asked whether something is in them.
+        possible = os.name == "posix" and isinstance(mirror, Relocatable)
+        self._due = time.monotonic() + after_seconds if possible else math.inf
         self._process: MirrorProcess | None = None
         self._deaths = 0
         self._closed = False
@@ -111,6 +114,10 @@ class MirrorPlace:
             self._process = MirrorProcess(blueprint, self._journal)
         except OSError as error:
             self._bury(ProcessDiedError(f"it cannot be started: {error}"))
+        else:
+            if self._closed:
+                # Meanwhile: nobody else knows of it yet.
+                self._process.kill()
 
     def _bury(self, error: ProcessDiedError) -> None:
         """Have this process do the work again; after a while, or never if it happens again and again."""

@@ -43,7 +43,8 @@ the values; after the comma stands the ratio to SB3's `save`.
   environment. SB3's `save` is durable when the system happens to write it out, the others' as they please.
 - SB3's `save` and the others write the replay buffer whole; ours writes the transitions that are new, 1,000 or a little
   more here. The buffers hold {transitions:,} transitions.
-- The MLflow server and the training share the cores.
+- The MLflow server and the training share the cores. MLflow's client works in a process of its own, as it does in a run
+  that lasts, unless it says "in a thread"; that process is counted as memory.
 - The lost time is a difference of two times: where it is a small part of the window, its spread says how far to trust it.
 
 ## What one checkpoint costs

@@ -127,7 +127,7 @@ class Measuring:
         }
         return figures
 
-    def _files(self) -> dict[tuple[str, int], int]:
+    def _files(self) -> dict[tuple[int, int], int]:
         """Return the bytes of the files that were written, here and where MLflow keeps artifacts."""
         found = {}
         for place in (self._task.place.folder, *self._task.artifacts):
@@ -136,7 +136,8 @@ class Measuring:
                     # While they warm up, others write there.
                     with suppress(FileNotFoundError):
                         facts = (Path(folder) / name).stat()
-                        found[f"{folder}/{name}", facts.st_ino] = facts.st_size
+                        # Two names of one file are one.
+                        found[facts.st_ino, facts.st_mtime_ns] = facts.st_size
         return found
 
     def _tidy(self) -> None:
