@@ -12,6 +12,7 @@ METRIC = "checkpoint/stall_ms"
 """What a point of the curve calls the milliseconds since the point before."""
 
 _WORTH_A_WARNING = 1.0
+_A_LOCK_S_PRICE = 0.001
 
 
 class Stalls:
@@ -33,7 +34,8 @@ class Stalls:
         self._count += 1
         self._total += seconds
         self._longest = max(self._longest, seconds)
-        self._waited += waited
+        # Taking a lock that is free takes its microseconds as well.
+        self._waited += waited if waited > _A_LOCK_S_PRICE else 0.0
         self._since_point = (self._since_point or 0.0) + seconds
         if waited > _WORTH_A_WARNING and not self._warned:
             self._warned = True
