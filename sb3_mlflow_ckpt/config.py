@@ -7,6 +7,7 @@ the parameters of MLproject are all made from, or tested against, `TrainingConfi
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -121,6 +122,12 @@ class TrainingConfig(BaseModel):
         json_schema_extra=_PER_LAUNCH,
     )
 
+    resume_own_run: bool = Field(
+        False,
+        description="Where this very run (run_id, or MLFLOW_RUN_ID) has a checkpoint, on disk or in MLflow, go on from "
+        "its newest, whatever resume_from_checkpoint says: for whoever starts one run again and again",
+        json_schema_extra=_PER_LAUNCH,
+    )
     resume_state: Literal["auto", "exact", "weights"] = Field(
         "auto",
         description="What checkpoints hold and a resume restores: `exact` is everything that decides how training "
@@ -249,6 +256,11 @@ class TrainingConfig(BaseModel):
     def agent(self) -> str:
         """The agent's id: as given, else `<algo>_agent`."""
         return self.agent_id or f"{self.algo.rpartition(':')[2].lower()}_agent"
+
+    @property
+    def own_run_id(self) -> str | None:
+        """The id of the run that this launch is of, where it was named before: by `run_id`, or by `mlflow run`."""
+        return self.run_id or (os.environ.get("MLFLOW_RUN_ID") if self.mlflow else None) or None
 
     def inherit(self, parent: Mapping[str, Any]) -> TrainingConfig:
         """Return this configuration with what was not given explicitly taken from a checkpoint's.

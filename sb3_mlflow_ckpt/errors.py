@@ -216,6 +216,34 @@ class MirrorUnavailableError(ConnectionError):
         return copy
 
 
+class ClusterError(RuntimeError):
+    """A cluster cannot be used as it is asked for.
+
+    Args:
+        cause: One sentence that says what is wrong.
+        remedy: What to do.
+    """
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        self.cause, self.remedy = printable(cause), remedy
+        super().__init__(f"{self.cause.rstrip('.')}. {remedy}")
+
+
+class ClusterUnavailableError(ClusterError, ConnectionError):
+    """No cluster answers."""
+
+
+class MissingRayError(ClusterError, ImportError):
+    """Ray is not installed.
+
+    Args:
+        cause: What was raised when it was imported.
+    """
+
+    def __init__(self, cause: object) -> None:
+        super().__init__(f"Ray cannot be imported ({cause})", "Install it with: pip install 'sb3-mlflow-ckpt[ray]'")
+
+
 class TrainingInterrupted(SystemExit):
     """Training stopped on a signal after its state was saved; the exit code is 128 + the signal's number.
 

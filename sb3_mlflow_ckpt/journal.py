@@ -148,10 +148,12 @@ class RunJournal:
     def start(self, record: Mapping[str, Any]) -> None:
         """Write the record of a run that starts, or starts again in its own folder (its attempt counts up)."""
         with self._lock:
-            attempt = int(self._record.get("attempt", 0)) + 1
+            # An attempt at another machine has left nothing here: its mirrors tell.
+            attempt = max(int(self._record.get("attempt", 0)) + 1, int(record.get("attempt", 1)))
+            elsewhere = attempt > int(self._record.get("attempt", 0)) + 1 or self._record.get("elsewhere", False)
             kept = {key: self._record[key] for key in ("started_at", "parent") if self._record.get(key)}
             self._timeline.note((record.get("parent") or {}).get("timestamp"))
-            self._record = {**record, **kept, "attempt": attempt}
+            self._record = {**record, **kept, "attempt": attempt, **({"elsewhere": True} if elsewhere else {})}
             atomic.write_bytes(self.folder.record, atomic.dump_json(self._record))
         self._notify()
 

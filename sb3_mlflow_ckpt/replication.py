@@ -99,6 +99,16 @@ class Mirror(Protocol):
         """Return what the record says of the mirror after `open`, so that a later `sync` finds it again."""
         ...
 
+    def earlier(self) -> dict[str, Any]:
+        """Return what the service knows of an earlier attempt of the run after `open`: `attempt`, `started_at`.
+
+        A run whose machine was lost goes on at another one, which has no folder that would tell.
+
+        Returns:
+            The least number of this attempt, and when the run began; empty where there was no earlier one.
+        """
+        ...
+
     def replicate(self, journal: MirroredJournal) -> None:
         """Send everything that the journal has and the mirror has not. Idempotent; raises on an outage."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from sb3_mlflow_ckpt.errors import (
     CheckpointNotFoundError,
     IncompatibleCheckpointError,
     InvalidIdError,
+    MirrorUnavailableError,
 )
 from sb3_mlflow_ckpt.layout import RunFolder, model_path
 from sb3_mlflow_ckpt.leases import Lease, lease_checkpoint
@@ -25,6 +27,8 @@ from sb3_mlflow_ckpt.verification import verify_checkpoint
 
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,48 @@ def resolve_checkpoint(
             raise CheckpointNotFoundError(reference, "The folder is not a run folder with a checkpoint that verifies")
         return _from_path(newest, lease=lease)
     return _from_path(path, algo)
+
+
+def newest_of_run(
+    run_id: str, *, checkpoint_dir: str, tracked: bool, tracking_uri: str | None = None, offline: bool = False
+) -> ResumeSource | None:
+    """Return the newest checkpoint of one run, verified: from its folder, or from MLflow where that has a later one.
+
+    A run whose machine was lost may go on at another one, and come back to the first.
+
+    Args:
+        run_id: The run.
+        checkpoint_dir: The folder that holds agents' folders.
+        tracked: Whether MLflow is asked.
+        tracking_uri: Where; MLflow's own setting where it is None.
+        offline: Whether what is here will do if MLflow does not answer.
+
+    Returns:
+        The checkpoint; None where the run has none yet.
+
+    Raises:
+        CheckpointNotFoundError: MLflow holds some, and none of them verifies.
+        MirrorUnavailableError: MLflow does not answer: it may hold a later one.
+    """
+    path, lease = lease_latest(checkpoint_dir, run_id)
+    here = _from_path(path, lease=lease) if path is not None else None
+    if not tracked:
+        return here
+    from sb3_mlflow_ckpt.mirrors.artifacts import newest_metadata
+
+    try:
+        there = newest_metadata(run_id, tracking_uri)
+        if there is None or (here is not None and here.metadata.timestamp >= there.timestamp):
+            return here
+        source = _from_mlflow(f"runs:/{run_id}", tracking_uri)
+    except MirrorUnavailableError as error:
+        if here is None or not offline:
+            raise
+        logger.warning("%s. The run goes on from what is here", error)
+        return here
+    if here is not None and here.lease is not None:
+        here.lease.release()
+    return source
 
 
 def check_spaces(source: ResumeSource, env: VecEnv) -> None:

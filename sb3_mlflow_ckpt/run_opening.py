@@ -47,6 +47,7 @@ class Lineage:
         self._given_run_id = run_id
         self.run_id = run_id
         self.parent: ParentReference | None = None
+        self._parent_of_source: ParentReference | None = None
         self.root_run_id: str | None = None
         self.episode = 0
         self.resumption: Resumption | None = None
@@ -54,16 +55,25 @@ class Lineage:
     def take_up(self, model: BaseAlgorithm, mode: ResumeState, overrides: Mapping[str, Any]) -> None:
         """Find out where a model stands that this callback has not trained so far."""
         self.run_id, self.parent, self.root_run_id = self._given_run_id, None, None
+        self._parent_of_source = None
         self.episode, self.resumption = 0, None
         came_from = origin(model)
         if model.num_timesteps == 0 or came_from is None:
             return
         metadata = came_from.metadata
         self.parent, self.episode = came_from.reference, metadata.finished_episodes
+        self._parent_of_source = metadata.parent
         self.root_run_id = metadata.root_run_id or metadata.run_id
         # Of a model that was trained further since, the checkpoint says nothing any more.
         if metadata.num_timesteps == model.num_timesteps:
             self.resumption = Resumption(model, came_from, mode, overrides)
+
+    def name(self, run_id: str) -> None:
+        """Take note of the run's id: one that goes on from its own checkpoint keeps the parent that it had."""
+        self.run_id = run_id
+        self.root_run_id = self.root_run_id or run_id
+        if self.parent is not None and self.parent.run_id == run_id and self._parent_of_source is not None:
+            self.parent = self._parent_of_source
 
     def go_on(self) -> None:
         """Begin a further `learn` of the same model: in the same run, with nothing to bring back."""
@@ -133,14 +143,15 @@ def open_run(
     prepare_folder(checkpoint_dir)
     try:
         try:
-            run_id = lineage.run_id = _open_mirrors(record, mirrors, lineage.run_id, start_offline)
+            run_id = _open_mirrors(record, mirrors, lineage.run_id, start_offline)
         finally:
             # Whoever asked it to stop is not told that a server does not answer.
             check()
-        lineage.root_run_id = lineage.root_run_id or run_id
+        lineage.name(run_id)
         record = {**record, "run_id": run_id, "root_run_id": lineage.root_run_id}
+        record["parent"] = lineage.parent.model_dump() if lineage.parent is not None else None
         for mirror in mirrors:
-            record |= mirror.describe()
+            record |= mirror.describe() | mirror.earlier()
         folder = RunFolder(checkpoint_dir, str(record["agent_id"]), run_id)
         return LiveRun(folder, record, mirrors, options, fresh=fresh, lease=lease)
     except BaseException as error:

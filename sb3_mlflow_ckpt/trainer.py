@@ -41,7 +41,7 @@ from sb3_mlflow_ckpt.errors import (
 from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror
 from sb3_mlflow_ckpt.origins import note_origin
 from sb3_mlflow_ckpt.replication import Mirror
-from sb3_mlflow_ckpt.resume import ResumeSource, check_spaces, resolve_checkpoint
+from sb3_mlflow_ckpt.resume import ResumeSource, check_spaces, newest_of_run, resolve_checkpoint
 from sb3_mlflow_ckpt.runs.document import plain
 
 if TYPE_CHECKING:
@@ -124,7 +124,15 @@ def resolve_config(config: TrainingConfig) -> ResolvedTraining:
         MirrorUnavailableError: The checkpoint is on an MLflow that does not answer.
     """
     source = None
-    if config.resume_from_checkpoint is not None:
+    if config.resume_own_run and config.own_run_id is not None:
+        source = newest_of_run(
+            config.own_run_id,
+            checkpoint_dir=config.checkpoint_dir,
+            tracked=config.mlflow,
+            tracking_uri=config.tracking_uri,
+            offline=config.start_offline,
+        )
+    if source is None and config.resume_from_checkpoint is not None:
         source = resolve_checkpoint(
             config.resume_from_checkpoint,
             checkpoint_dir=config.checkpoint_dir,

@@ -116,6 +116,9 @@ class _Watch:
     def describe(self) -> dict[str, Any]:
         return {}
 
+    def earlier(self) -> dict[str, Any]:
+        return {}
+
     def tell_end(self, record: Mapping[str, Any]) -> None:
         pass
 

@@ -17,6 +17,8 @@ from sb3_mlflow_ckpt.layout import (
     model_episode,
     model_path,
 )
+from sb3_mlflow_ckpt.leaving import temporary_folder
+from sb3_mlflow_ckpt.metadata import CheckpointMetadata
 from sb3_mlflow_ckpt.mirrors.naming import LATEST_TAG
 from sb3_mlflow_ckpt.mirrors.patience import quick_requests, unavailable
 from sb3_mlflow_ckpt.runs.document import redact
@@ -51,9 +53,7 @@ def download_checkpoint(uri: str, destination: Path, tracking_uri: str | None = 
     with quick_requests():
         run_id, artifacts, latest = _artifacts(uri, run_id, tracking_uri)
     address = tracking_uri or _default_uri()
-    complete = [name for name in artifacts if model_episode(name) is not None and _metadata_name(name) in artifacts]
-    # What was sent last, then by episode: a run that went back to an older checkpoint has later, lower ones.
-    complete.sort(key=lambda name: (name == latest, model_episode(name) or 0))
+    complete = _complete(artifacts, latest)
     if artifact:
         name = model_path(Path(artifact)).name
         in_place = Path(artifact).parent.as_posix() == ARTIFACT_FOLDER
@@ -72,6 +72,34 @@ def download_checkpoint(uri: str, destination: Path, tracking_uri: str | None = 
                 raise
             logger.warning("Passed over: %s", error)
     raise CheckpointNotFoundError(uri, _what_is_there(complete))
+
+
+def newest_metadata(run_id: str, tracking_uri: str | None = None) -> CheckpointMetadata | None:
+    """Return the metadata of a run's newest complete checkpoint in MLflow; None where it has none, or no such run.
+
+    Raises:
+        CheckpointCorruptError: It cannot be read.
+        MirrorUnavailableError: MLflow does not answer.
+    """
+    uri = f"{SCHEME}{run_id}"
+    try:
+        with quick_requests():
+            run_id, artifacts, latest = _artifacts(uri, run_id, tracking_uri)
+    except CheckpointNotFoundError:
+        return None
+    complete = _complete(artifacts, latest)
+    if not complete:
+        return None
+    with temporary_folder() as folder:
+        _fetch(uri, run_id, _metadata_name(complete[-1]), artifacts, folder, tracking_uri or _default_uri())
+        return read_metadata(next(folder.rglob(_metadata_name(complete[-1]))))
+
+
+def _complete(artifacts: set[str], latest: str) -> list[str]:
+    """Return the zips that lie there with their metadata, the newest last."""
+    complete = [name for name in artifacts if model_episode(name) is not None and _metadata_name(name) in artifacts]
+    # What was sent last, then by episode: a run that went back to an older checkpoint has later, lower ones.
+    return sorted(complete, key=lambda name: (name == latest, model_episode(name) or 0))
 
 
 def _artifacts(uri: str, run_id: str, tracking_uri: str | None) -> tuple[str, set[str], str]:

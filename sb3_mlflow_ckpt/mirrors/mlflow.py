@@ -33,6 +33,7 @@ _STATUS = {"completed": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 _METRICS_PER_BATCH = 900  # MLflow takes 1,000 of all kinds
 _PARAMS_PER_BATCH = 100
 _BYTES_PER_SLICE = 1 << 18
+_LONGEST_ATTEMPT = 10
 
 
 class MLflowMirror:
@@ -156,6 +157,17 @@ class MLflowMirror:
     def describe(self) -> dict[str, Any]:
         """Return where the run is tracked, or is to be once MLflow answers; without credentials."""
         return {"mlflow": self._target.describe()}
+
+    def earlier(self) -> dict[str, Any]:
+        """Return the number that follows the one of the attempt that MLflow knows, and when that run began."""
+        tags = self._target.run.data.tags if self._target.run is not None else {}
+        attempt = tags.get(naming.ATTEMPT_TAG, "")
+        # Anybody can write a tag.
+        if not (attempt.isdecimal() and len(attempt) < _LONGEST_ATTEMPT):
+            return {}
+        known = {"attempt": int(attempt) + 1}
+        started = tags.get(naming.STARTED_TAG)
+        return known | {"started_at": started} if naming.milliseconds(started) is not None else known
 
     def replicate(self, journal: MirroredJournal) -> None:
         """Send everything that MLflow lacks: the run, checkpoints, parameters, tags, metrics, then the status."""

@@ -126,6 +126,10 @@ class MongoMirror:
         """Return which database it is, without credentials."""
         return {"mongo": {"uri": redact(self._lazy.uri), "database": self._lazy.name}}
 
+    def earlier(self) -> dict[str, Any]:
+        """Return nothing: a run goes on elsewhere only with a checkpoint, and those are in MLflow."""
+        return {}
+
     def replicate(self, journal: MirroredJournal) -> None:
         """Send everything that the journal has and the database has not.
 
@@ -145,8 +149,9 @@ class MongoMirror:
                 changed = self._send_checkpoints(run, journal, sent)
                 curve_end = self._send_curve(run, journal, sent)
                 if not sent.settled:
-                    # All that this attempt knows bears its number now.
-                    run.remove_older()
+                    # All that this attempt knows bears its number now; it does not know what another machine did.
+                    if not record.get("elsewhere"):
+                        run.remove_older()
                     sent.settled = changed = True
                 if changed or curve_end is not None:
                     run.stamp(curve_end)

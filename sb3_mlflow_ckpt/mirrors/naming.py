@@ -17,6 +17,8 @@ LATEST_TAG = "mlflow.latest_checkpoint_artifact"
 PARENT_TAG = "mlflow.parentRunId"
 TAG_PREFIX = "sb3_mlflow_ckpt."
 RUN_ID_TAG = f"{TAG_PREFIX}run_id"
+ATTEMPT_TAG = f"{TAG_PREFIX}attempt"
+STARTED_TAG = f"{TAG_PREFIX}started_at"
 ERROR_TAG = f"{TAG_PREFIX}error"
 EPISODES_METRIC = "rollout/episodes"
 # Columns of the learning curve, under the names that SB3's own logger gives them.
@@ -66,6 +68,8 @@ def tags(record: Mapping[str, Any]) -> dict[str, str]:
         f"{TAG_PREFIX}algo": str(record["algo"]),
         f"{TAG_PREFIX}status": str(record["status"]),
         f"{TAG_PREFIX}root_run_id": str(record.get("root_run_id")),
+        ATTEMPT_TAG: str(record.get("attempt", 1)),
+        STARTED_TAG: str(record.get("started_at")),
     }
     if record.get("env_id"):
         named[f"{TAG_PREFIX}env_id"] = str(record["env_id"])

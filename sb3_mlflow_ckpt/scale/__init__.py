@@ -1,0 +1,1 @@
+"""Training beyond one machine, on Ray. Nothing here imports Ray before it is used."""
