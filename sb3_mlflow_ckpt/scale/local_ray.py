@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -51,6 +52,8 @@ def ray_session(address: str | None, num_cpus: int | None = None) -> Iterator[No
         cause = " ".join(redact(str(error)).split())[:300]
         hint = "Start one with: ray start --head, or leave --address out"
         raise ConfigError("address", f"no Ray answers: {cause}", hint=hint) from error
+    # A trial's own process is what lets go of its environments and its run folder.
+    warnings.filterwarnings("ignore", message=".*reuse_actors.*")
     try:
         yield
     finally:

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Of each trial: a clone that waits for its turn reads one that its donor reported some time ago.
-_TUNE_CHECKPOINTS = 4
+# Of each trial: the newest, and one more while it is handed over.
+_TUNE_CHECKPOINTS = 2
 _SNAPSHOT_SECONDS = "2"
 
 
@@ -167,7 +167,10 @@ def _tuner(plan: TrialPlan, closer: TrialCloser, seed: int) -> Tuner:
         run_config=tune.RunConfig(
             name=folder.sweep_id,
             storage_path=str(folder.storage_path),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=_TUNE_CHECKPOINTS),
+            # A clone that waits for its turn reads what its donor reported long ago, and Tune would have removed it.
+            checkpoint_config=tune.CheckpointConfig(
+                num_to_keep=None if sweep.scheduler == "pbt" else _TUNE_CHECKPOINTS
+            ),
             failure_config=tune.FailureConfig(max_failures=sweep.max_failures),
             callbacks=[callback],
             verbose=0,

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from sb3_mlflow_ckpt.errors import CheckpointError
 from sb3_mlflow_ckpt.journal import read_record
+from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.mirrors.patience import quick_requests
 from sb3_mlflow_ckpt.mirrors.tracked_run import run_of
 from sb3_mlflow_ckpt.reap import settle_run
 from sb3_mlflow_ckpt.redaction import redact
 from sb3_mlflow_ckpt.scale.trial import TrialPlan
+from sb3_mlflow_ckpt.sync import MirrorAddresses, sync_runs
 
 if TYPE_CHECKING:
     from ray.tune import Callback
@@ -22,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 # A process that Tune has told to end sends its last lines itself.
 _PATIENCE_SECONDS = 20.0
-_MLFLOW_STATUS = {"failed": "FAILED", "interrupted": "KILLED"}
+_MLFLOW_STATUS = {"completed": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 
 
 class TrialCloser:
@@ -80,30 +82,39 @@ class TrialCloser:
     def _close(self, trial_id: str, status: str) -> None:
         folder = self._plan.run_folder(trial_id)
         try:
-            self._tell_mlflow(folder.run_id, self._settled(trial_id, status), status)
+            self._tell_mlflow(folder, *self._settled(folder, status, self._errors.get(trial_id)))
         except Exception:
             logger.exception("The run %s of the sweep was not ended", folder.run_id)
 
-    def _settled(self, trial_id: str, status: str) -> str | None:
-        """End a trial's run in its folder; return its id in MLflow."""
-        folder = self._plan.run_folder(trial_id)
+    def _settled(self, folder: RunFolder, status: str, error: str | None) -> tuple[str, str | None]:
+        """End a trial's run in its folder; return how it ended, and its id in MLflow."""
         try:
-            settle_run(folder, status, self._errors.get(trial_id), patience=_PATIENCE_SECONDS)
-            return (read_record(folder).get("mlflow") or {}).get("run_id")
+            settle_run(folder, status, error, addresses=self._mirrors, patience=_PATIENCE_SECONDS)
+            record = read_record(folder)
+            return str(record["status"]), (record.get("mlflow") or {}).get("run_id")
         except CheckpointError as problem:
             # Another node's disk holds it, or it never began: MLflow is told all the same.
             logger.debug("%s", problem)
-            return None
+            return status, None
 
-    def _tell_mlflow(self, run_id: str, mlflow_run_id: str | None, status: str) -> None:
+    @property
+    def _mirrors(self) -> MirrorAddresses:
+        return MirrorAddresses(tracking_uri=self._plan.tracking_uri)
+
+    def _tell_mlflow(self, folder: RunFolder, status: str, mlflow_run_id: str | None) -> None:
+        """Send MLflow what the trial's process was ended in the middle of, and at least the end."""
         if self._plan.tracking_uri is None:
             return
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=self._plan.tracking_uri)
         with quick_requests():
-            run = client.get_run(mlflow_run_id) if mlflow_run_id else run_of(client, run_id)
-            if run is not None and run.info.status == "RUNNING":
+            run = client.get_run(mlflow_run_id) if mlflow_run_id else run_of(client, folder.run_id)
+            if run is None or run.info.status != "RUNNING":
+                return
+            if folder.record.exists():
+                sync_runs(folder.checkpoint_dir, self._mirrors, run_id=folder.run_id, agent_id=folder.agent_id)
+            if client.get_run(run.info.run_id).info.status == "RUNNING":
                 client.set_terminated(run.info.run_id, _MLFLOW_STATUS[status])
 
 
