@@ -22,10 +22,12 @@ from sb3_mlflow_ckpt.errors import (
     IncompatibleCheckpointError,
     RunTakenOverError,
     TrainingInterrupted,
+    TrainingStopped,
 )
 from sb3_mlflow_ckpt.interruption import DEFAULT_GRACE_SECONDS, ExitGuard, SignalGuard
 from sb3_mlflow_ckpt.layout import RunFolder, check_id
 from sb3_mlflow_ckpt.live_run import LiveRun, RunOptions
+from sb3_mlflow_ckpt.metadata import CheckpointMetadata
 from sb3_mlflow_ckpt.mirror_process import DEFAULT_AFTER_SECONDS
 from sb3_mlflow_ckpt.origins import lease_of, note_origin
 from sb3_mlflow_ckpt.policies import EveryNEpisodes, MirrorBacklog, Retention
@@ -62,6 +64,8 @@ class EpisodeCheckpointCallback(BaseCallback):
         run_name: What a person calls the run.
         config: The training configuration for the record; read off the model where it is None.
         overrides: What the run changed of its parent's configuration, as `{key: {"from": ..., "to": ...}}`.
+        sweep: Which trial of which sweep it is, as plain JSON: a field of the record and of each checkpoint's
+            `extra_state`.
         mirrors: Copies elsewhere: `MLflowMirror()`, `MongoMirror(uri)`.
         start_offline: Train even if a mirror does not answer at the start.
         on_save_failure: `stop` raises CheckpointSaveError on the training thread, `continue` logs it.
@@ -97,6 +101,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         run_name: str | None = None,
         config: Mapping[str, Any] | None = None,
         overrides: Mapping[str, Any] | None = None,
+        sweep: Mapping[str, Any] | None = None,
         mirrors: Sequence[Mirror] = (),
         start_offline: bool = False,
         on_save_failure: Literal["stop", "continue"] = "stop",
@@ -122,6 +127,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         self._given_config = config
         self._config: dict[str, Any] = {}
         self._overrides = dict(overrides or {})
+        self._sweep = dict(sweep) if sweep is not None else None
         self._mirrors = tuple(mirrors)
         self._start_offline = start_offline
         self._on_save_failure = on_save_failure
@@ -174,6 +180,11 @@ class EpisodeCheckpointCallback(BaseCallback):
         return self._signals.received
 
     @property
+    def latest_metadata(self) -> CheckpointMetadata | None:
+        """The metadata of the newest checkpoint that this run committed, while it trains."""
+        return self._live.latest_metadata if self._live is not None else None
+
+    @property
     def latest_checkpoint(self) -> Path | None:
         """The newest checkpoint that this run committed."""
         return self._live.latest if self._live is not None else self._latest_of_ended
@@ -187,6 +198,11 @@ class EpisodeCheckpointCallback(BaseCallback):
         """Save and end the run if an error left `learn`: at once, not when the process ends."""
         if error is not None:
             self.abort(error)
+
+    def save_soon(self) -> None:
+        """Save a checkpoint at the next moment at which everything can be saved."""
+        if self._live is not None and self._due is None:
+            self._due = self.episode
 
     def abort(self, error: BaseException | None = None) -> None:
         """Save what can be saved and end the run as failed, or interrupted where a signal was the cause.
@@ -203,10 +219,12 @@ class EpisodeCheckpointCallback(BaseCallback):
     def _abort(self, live: LiveRun, error: BaseException | None) -> None:
         if self._lineage.resumption is not None:
             self._lineage.resumption.close()
-        # Nothing was trained where the checkpoint that it was to go on from was refused.
-        unsaved = isinstance(error, (CheckpointSaveError, IncompatibleCheckpointError))
+        # Nothing was trained where the checkpoint that it was to go on from was refused; whoever stops a training goes
+        # on from the last one, which is exact.
+        stopped = isinstance(error, TrainingStopped)
+        unsaved = stopped or isinstance(error, (CheckpointSaveError, IncompatibleCheckpointError))
         signalled = self._signals.received is not None or isinstance(error, (KeyboardInterrupt, TrainingInterrupted))
-        interrupted = signalled and not unsaved
+        interrupted = stopped or (signalled and not unsaved)
         if not unsaved:
             try:
                 if all_finite(self.model):
@@ -337,6 +355,8 @@ class EpisodeCheckpointCallback(BaseCallback):
             overrides=self._overrides,
             heartbeat_seconds=self._options.heartbeat_seconds,
         )
+        if self._sweep is not None:
+            record["sweep"] = self._sweep
         return open_run(
             record,
             self._lineage,
@@ -407,6 +427,7 @@ class EpisodeCheckpointCallback(BaseCallback):
                 episode=episode,
                 finished_episodes=self.episode,
                 config=self._config,
+                extra_state={"sweep": self._sweep} if self._sweep is not None else None,
                 trigger=trigger,
                 parent=self._lineage.parent,
                 root_run_id=self._lineage.root_run_id,

@@ -258,6 +258,13 @@ class TrainingInterrupted(SystemExit):
         super().__init__(128 + signum)
 
 
+class TrainingStopped(SystemExit):
+    """Whoever runs the training has it stop here; the last checkpoint is what it may go on from. The exit code is 0."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
 def describe(error: BaseException) -> dict[str, Any]:
     """Return an error as the record stores it: `type`, `message`, `traceback` (strings)."""
     import traceback

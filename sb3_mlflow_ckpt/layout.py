@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 from sb3_mlflow_ckpt.errors import InvalidIdError
 
 RECORD_NAME = "run.json"
+SWEEP_NAME = "sweep.json"
+"""The record of a sweep, in its own folder."""
 METRICS_NAME = "metrics.jsonl"
 EVENTS_NAME = "checkpoints.jsonl"
 LOCK_NAME = ".lock"
@@ -176,6 +179,50 @@ class RunFolder:
 
     def metadata(self, episode: int) -> Path:
         return self.path / f"ep{episode:06d}{METADATA_SUFFIX}"
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """The folder of one sweep: what Ray Tune keeps of it, and what is told of it at the end.
+
+    Raises:
+        InvalidIdError: The id could leave the folder.
+    """
+
+    storage_path: Path
+    sweep_id: str
+
+    def __post_init__(self) -> None:
+        check_id(self.sweep_id, "sweep id")
+
+    @property
+    def path(self) -> Path:
+        return self.storage_path / self.sweep_id
+
+    @property
+    def record(self) -> Path:
+        return self.path / SWEEP_NAME
+
+    @property
+    def lock(self) -> Path:
+        return self.path / LOCK_NAME
+
+    @property
+    def plot(self) -> Path:
+        return self.path / "curves.png"
+
+    @property
+    def table(self) -> Path:
+        return self.path / "trials.json"
+
+    def run_id(self, trial_id: str) -> str:
+        """Return the id of a trial's run: the sweep's, and the number that Ray Tune gave the trial."""
+        return f"{self.sweep_id}-{trial_id.rpartition('_')[2]}"
+
+
+def checkpoint_in(folder: Path, names: Iterable[str]) -> Path | None:
+    """Return the zip among the names in a folder that holds one checkpoint, or None."""
+    return next((folder / name for name in names if model_episode(name) is not None), None)
 
 
 def pin_path(model_path: Path) -> Path:

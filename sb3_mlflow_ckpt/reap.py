@@ -94,6 +94,48 @@ def reap_runs(
     return results
 
 
+def settle_run(
+    folder: RunFolder,
+    status: str,
+    message: str | None = None,
+    *,
+    addresses: MirrorAddresses = THE_RUNS_OWN,
+    patience: float = 0.0,
+) -> Reaped | None:
+    """Record the end of one run whose process is gone and did not come to it, and tell its mirrors.
+
+    Args:
+        folder: Its folder.
+        status: How it ended: failed or interrupted.
+        message: Why it failed.
+        addresses: Where its mirrors are.
+        patience: How long to wait for its process to let go of the folder, in seconds.
+
+    Returns:
+        What was done; None for a run that has its end already. One that was interrupted to go on later, and could
+        not, has failed.
+
+    Raises:
+        RunFolderBusyError: A process still holds the folder.
+        CheckpointError: The folder cannot be read.
+    """
+    if not _to_settle(read_record(folder), status):
+        return None
+    journal = RunJournal(folder, patience)
+    try:
+        if not _to_settle(journal.record, status):
+            return None
+        error = {"type": PROCESS_LOST, "message": message, "traceback": None} if message is not None else None
+        journal.update(status=status, error=error, **_last_known(journal))
+        return _tell(folder, journal, Reaped(folder.run_id, str(folder.path), status, message or ""), addresses)
+    finally:
+        journal.close()
+
+
+def _to_settle(record: Mapping[str, Any], status: str) -> bool:
+    return record.get("status") == "running" or (status == "failed" and record.get("status") == "interrupted")
+
+
 def _examine(folder: RunFolder) -> Reaped | None:
     with FileLock(folder.lock, timeout=0):
         return _judge(folder, read_record(folder))

@@ -103,6 +103,19 @@ class TrainingResult:
     behind: list[str]
 
 
+@dataclass(frozen=True)
+class SweepPlace:
+    """Where a training stands in a sweep.
+
+    Attributes:
+        facts: The field `sweep` of its record: `id`, `trial`, `generation`, `hyperparameters`, ...
+        mlflow_parent: The MLflow run of the sweep, below which its own is made.
+    """
+
+    facts: Mapping[str, Any]
+    mlflow_parent: str | None = None
+
+
 class Reporter(Protocol):
     """Shows a person how training goes. The library itself prints nothing."""
 
@@ -161,12 +174,15 @@ def resolve_config(config: TrainingConfig) -> ResolvedTraining:
     return ResolvedTraining(resolved, source, changed, tuple(saved.get("undescribed") or ()))
 
 
-def train(config: TrainingConfig, *, reporter: Reporter | None = None) -> TrainingResult:
+def train(
+    config: TrainingConfig, *, reporter: Reporter | None = None, sweep: SweepPlace | None = None
+) -> TrainingResult:
     """Train an agent as the configuration says; on return its last checkpoint is committed.
 
     Args:
         config: What to train. Settings that were not given explicitly come from the checkpoint on a resume.
         reporter: Shows the progress.
+        sweep: Where it stands in a sweep. Its thread need not be the main one, and hears no signals.
 
     Raises:
         ConfigError: A setting cannot be used.
@@ -186,7 +202,7 @@ def train(config: TrainingConfig, *, reporter: Reporter | None = None) -> Traini
     env = make_env(resolved.config, seed=seed)
     try:
         model = _model(resolved, env, seed)
-        return _learn(resolved, model, reporter)
+        return _learn(resolved, model, reporter, sweep)
     finally:
         _release(resolved)
         # A worker that was killed cannot be closed any more; the training's own error is what counts.
@@ -194,7 +210,9 @@ def train(config: TrainingConfig, *, reporter: Reporter | None = None) -> Traini
             close_env(env, in_a_step=isinstance(sys.exc_info()[1], TrainingInterrupted))
 
 
-def _learn(resolved: ResolvedTraining, model: BaseAlgorithm, reporter: Reporter | None) -> TrainingResult:
+def _learn(
+    resolved: ResolvedTraining, model: BaseAlgorithm, reporter: Reporter | None, sweep: SweepPlace | None
+) -> TrainingResult:
     from stable_baselines3.common.callbacks import CallbackList
 
     from sb3_mlflow_ckpt.callback import EpisodeCheckpointCallback
@@ -207,6 +225,7 @@ def _learn(resolved: ResolvedTraining, model: BaseAlgorithm, reporter: Reporter 
         keep_last_n=config.mlflow_keep_last_n_checkpoints,
         keep_best_n=config.keep_best_n,
         keep_every_n_episodes=config.keep_every_n_episodes,
+        parent_run_id=sweep.mlflow_parent if sweep is not None else None,
     )
     mirrors: list[Mirror] = [mlflow_mirror] if config.mlflow else []
     if config.mongo_uri is not None:
@@ -224,6 +243,8 @@ def _learn(resolved: ResolvedTraining, model: BaseAlgorithm, reporter: Reporter 
         run_name=config.run_name or f"{config.algo} {config.env_id}",
         config=config.to_json(),
         overrides=resolved.differences,
+        sweep=sweep.facts if sweep is not None else None,
+        handle_signals=sweep is None,
         mirrors=mirrors,
         start_offline=config.start_offline,
         on_save_failure=config.on_save_failure,

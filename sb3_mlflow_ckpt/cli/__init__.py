@@ -10,6 +10,7 @@ from sb3_mlflow_ckpt.cli.doctor import doctor_command
 from sb3_mlflow_ckpt.cli.environments import check_env_command
 from sb3_mlflow_ckpt.cli.runs import runs_group
 from sb3_mlflow_ckpt.cli.serve import serve_command
+from sb3_mlflow_ckpt.cli.sweep import sweep_command
 from sb3_mlflow_ckpt.cli.training import train_command
 
 __all__ = ["main", "train_command"]
@@ -20,5 +21,13 @@ def main() -> None:
     """Checkpoints, resume and run history for Stable-Baselines3, mirrored to MLflow and MongoDB."""
 
 
-for _command in (train_command, checkpoints_group, runs_group, serve_command, doctor_command, check_env_command):
+for _command in (
+    train_command,
+    sweep_command,
+    checkpoints_group,
+    runs_group,
+    serve_command,
+    doctor_command,
+    check_env_command,
+):
     main.add_command(_command)

@@ -121,8 +121,12 @@ def environment_layer(environ: Mapping[str, str]) -> Layer:
     )
 
 
-def file_layer(path: str | Path) -> Layer:
+def file_layer(path: str | Path, given_as: str = "--config") -> Layer:
     """Return the layer of a YAML file; an empty file is an empty layer.
+
+    Args:
+        path: The file.
+        given_as: How an error calls the way in which the file was named.
 
     Raises:
         ConfigError: The file cannot be read, or is not one YAML mapping without duplicate keys.
@@ -131,9 +135,9 @@ def file_layer(path: str | Path) -> Layer:
         with open(path, "rb") as file:
             content = file.read(_LARGEST_FILE + 1)
     except OSError as error:
-        raise ConfigError("config", f"{path} cannot be read: {error.strerror or error}", "--config") from error
+        raise ConfigError("config", f"{path} cannot be read: {error.strerror or error}", given_as) from error
     except ValueError as error:
-        raise ConfigError("config", f"{str(path)!r} is not a path: {error}", "--config") from error
+        raise ConfigError("config", f"{str(path)!r} is not a path: {error}", given_as) from error
     if len(content) > _LARGEST_FILE:
         raise ConfigError("config", f"is larger than {_LARGEST_FILE} bytes", str(path))
     values = _load(content, "config", str(path))

@@ -138,6 +138,32 @@ def print_env_reports(reports: Sequence[Mapping[str, Any]]) -> None:
     open_console().print(table)
 
 
+def print_sweep(trials: Sequence[Mapping[str, Any]], metric: str) -> None:
+    """Print one line a trial of a sweep."""
+    console = open_console()
+    if not trials:
+        console.print("No trials")
+        return
+    varied = list(dict.fromkeys(key for trial in trials for key in mapping(trial.get("hyperparameters"))))
+    cloned = any(trial.get("generation") for trial in trials)
+    lineage = ["generation", "donor"] if cloned else []
+    table = Table("run", "status", *varied, *lineage, "timesteps", "episode", metric.replace("_", " "), box=None)
+    for trial in trials:
+        values, progress = mapping(trial.get("hyperparameters")), mapping(trial.get("progress"))
+        donor = mapping(trial.get("donor"))
+        came_from = f"trial {text(donor.get('trial'))}, episode {text(donor.get('episode'))}" if donor else NOTHING
+        table.add_row(
+            text(trial["run_id"]),
+            cells.status(trial),
+            *(setting(values.get(key)) for key in varied),
+            *([text(trial.get("generation")), came_from] if cloned else []),
+            text(progress.get("num_timesteps")),
+            text(progress.get("episode")),
+            cells.reward(trial.get(metric)),
+        )
+    console.print(table)
+
+
 def _compared(run: Mapping[str, Any], glance: Glance) -> dict[str, str]:
     progress, (last, best) = mapping(run.get("progress")), _rewards(run, glance)
     started, ended = cells.moment_of(run.get("started_at")), cells.moment_of(run.get("ended_at"))

@@ -50,6 +50,8 @@ class MLflowMirror:
         keep_last_n: Checkpoints kept as artifacts; 0 keeps all.
         keep_best_n: Checkpoints of the highest mean reward that are kept beside them.
         keep_every_n_episodes: The first checkpoint at or after each multiple of it is kept as well; 0 is none.
+        parent_run_id: An MLflow run below which the training's own is made, or found where it was made before; the
+            run that is active in this process is no concern of it then.
     """
 
     name = "MLflow"
@@ -64,8 +66,9 @@ class MLflowMirror:
         keep_last_n: int = 0,
         keep_best_n: int = 0,
         keep_every_n_episodes: int = 0,
+        parent_run_id: str | None = None,
     ) -> None:
-        self._target = TrackedRun(tracking_uri, experiment_name, run_id)
+        self._target = TrackedRun(tracking_uri, experiment_name, run_id, parent_run_id)
         self._retention = Retention(keep_last_n, keep_best_n, keep_every_n_episodes)
         self._patience = Patience()
         self._trains = False
@@ -265,10 +268,13 @@ class MLflowMirror:
         if self._sent_params:
             return []
         present = client.get_run(run.info.run_id).data.params
+        varied = (record.get("sweep") or {}).get("hyperparameters") or {}
         params = []
         for key, value in naming.parameters(record.get("config") or {}).items():
             # Parameters cannot be changed: where `mlflow run` logged the text it was given (`inherit`, say),
             # what it came to stands beside it.
+            if key in present and key in varied:
+                continue  # A value that a sweep has changed since is a field of the record, and a metric.
             name = key if key not in present or naming.same(present[key], value) else f"resolved.{key}"
             if name not in present:
                 params.append(Param(name, value))

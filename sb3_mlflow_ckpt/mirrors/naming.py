@@ -28,6 +28,7 @@ _METRIC_NAMES = {
     "episode": EPISODES_METRIC,
     "steps_per_second": "time/steps_per_second",
 }
+_SWEEP_TAGS = ("id", "trial", "generation", "ended_by")
 _LONGEST_VALUE = 6000
 _LONGEST_NAME = 250
 
@@ -75,6 +76,9 @@ def tags(record: Mapping[str, Any]) -> dict[str, str]:
         named[f"{TAG_PREFIX}env_id"] = str(record["env_id"])
     if record.get("error"):
         named[ERROR_TAG] = f"{record['error']['type']}: {record['error']['message']}"[:_LONGEST_VALUE]
+    sweep = record.get("sweep")
+    if sweep:
+        named |= {f"{TAG_PREFIX}sweep.{key}": str(sweep[key]) for key in _SWEEP_TAGS if sweep.get(key) is not None}
     parent = record.get("parent")
     if parent:
         for key in ("run_id", "checkpoint", "episode", "sha256"):

@@ -27,6 +27,7 @@ class TrackedRun:
         tracking_uri: MLflow's tracking URI; MLflow's own setting where it is None.
         experiment_name: The experiment of a new run; MLflow's own setting where it is None.
         run_id: An MLflow run to continue.
+        parent_run_id: An MLflow run below which this one is made, whatever run is active in this process.
 
     Attributes:
         experiment_name: As given.
@@ -36,17 +37,24 @@ class TrackedRun:
         moved: Whether it is being sent to another server than the one that it was tracked at.
     """
 
-    def __init__(self, tracking_uri: str | None, experiment_name: str | None, run_id: str | None) -> None:
+    def __init__(
+        self,
+        tracking_uri: str | None,
+        experiment_name: str | None,
+        run_id: str | None,
+        parent_run_id: str | None = None,
+    ) -> None:
         self._tracking_uri = tracking_uri
         self.experiment_name = experiment_name
         self._given_run_id = run_id
+        self._parent_run_id = parent_run_id
         self._client: MlflowClient | None = None
         self.forget()
 
     def forget(self) -> None:
         """Choose anew at the next use."""
         self._run_id: str | None = None
-        self._below: str | None = None
+        self._below = self._parent_run_id
         self.run: Run | None = None
         self._experiment_found: str | None = None
         self.owned, self.created, self.moved = True, False, False
@@ -66,7 +74,7 @@ class TrackedRun:
     @property
     def uri_elsewhere(self) -> str | None:
         """The tracking URI for another process; None for a database in the memory of this one."""
-        uri = _absolute(self.uri)
+        uri = absolute_uri(self.uri)
         return None if uri.startswith("sqlite") and uri.partition(":///")[2] in ("", ":memory:") else uri
 
     @property
@@ -82,6 +90,9 @@ class TrackedRun:
         """Take the run that is active in this process or that `mlflow run` made, unless a training has it."""
         import mlflow
 
+        if self._parent_run_id is not None:
+            self._run_id = self._given_run_id
+            return
         active = mlflow.active_run()
         chosen: str | None = self._given_run_id
         if chosen is None and active is not None:
@@ -112,7 +123,7 @@ class TrackedRun:
         """Return what a record says of the run, so that it is found again, or made again where it is gone."""
         info = self.run.info if self.run is not None else None
         return {
-            "tracking_uri": redact(_absolute(self.uri)),
+            "tracking_uri": redact(absolute_uri(self.uri)),
             "experiment_name": self._experiment_found or self.experiment_name,
             "experiment_id": info.experiment_id if info is not None else None,
             "run_id": info.run_id if info is not None else None,
@@ -132,7 +143,7 @@ class TrackedRun:
             self.run, self.created = self._create(client, record), True
             made = f"the run is made as {self.run.info.run_id}"
             before = (record.get("mlflow") or {}).get("tracking_uri")
-            self.moved = bool(known) and before not in (None, redact(_absolute(self.uri)))
+            self.moved = bool(known) and before not in (None, redact(absolute_uri(self.uri)))
             if self.moved:
                 return [f"{made}: it was tracked at {before}, as {known}"]
             return [f"{made}: MLflow has no run {known} any more" if known else made]
@@ -155,7 +166,10 @@ class TrackedRun:
 
     def _run_of_folder(self, client: MlflowClient, record: Mapping[str, Any]) -> Run | None:
         """Return the run that a folder is named after: a trainer may die before it has noted where it is tracked."""
-        return found_run(client, str(record["run_id"])) if record.get("run_id") else None
+        if not record.get("run_id"):
+            return None
+        found = run_of if self._parent_run_id is not None else found_run
+        return found(client, str(record["run_id"]))
 
     def _create(self, client: MlflowClient, record: Mapping[str, Any]) -> Run:
         from mlflow.tracking.context.registry import resolve_tags
@@ -175,6 +189,10 @@ class TrackedRun:
             tags=tags,
             run_name=record.get("name"),
         )
+
+    def experiment_id(self) -> str:
+        """Return the id of the experiment that a new run belongs to; it is made if it is missing."""
+        return self._experiment_id(self.client)
 
     def _experiment_id(self, client: MlflowClient) -> str:
         name = self.experiment_name
@@ -198,7 +216,7 @@ class TrackedRun:
         return str(experiment.experiment_id)
 
 
-def _absolute(uri: str) -> str:
+def absolute_uri(uri: str) -> str:
     """Return a tracking URI that means the same from any folder: whoever syncs or repairs stands in another one."""
     scheme, separator, path = uri.partition(":///")
     if separator and scheme.startswith("sqlite") and path not in ("", ":memory:"):

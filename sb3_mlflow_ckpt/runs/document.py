@@ -24,7 +24,7 @@ STATUSES: tuple[str, ...] = ("running", "stalled", "lost", *TERMINAL_STATUSES)
 # What the code relies on where it reads a record that somebody may have edited.
 _KINDS: Mapping[str, type] = {
     **dict.fromkeys(("run_id", "agent_id", "status", "root_run_id"), str),
-    **dict.fromkeys(("config", "progress", "parent", "overrides", "error", "mlflow", "mongo", "resume"), dict),
+    **dict.fromkeys(("config", "progress", "parent", "overrides", "error", "mlflow", "mongo", "resume", "sweep"), dict),
     "attempt": int,
     "mirrors": list,
 }

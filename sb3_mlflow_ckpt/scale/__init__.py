@@ -1,1 +1,1 @@
-"""Training beyond one machine, on Ray. Nothing here imports Ray before it is used."""
+"""Owns training beyond one process, on Ray: the optional extra `[ray]`. Ray is imported where it is used."""

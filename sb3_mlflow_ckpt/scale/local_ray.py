@@ -1,0 +1,60 @@
+"""Owns the connection of a driver to Ray: one of its own on this machine, or a cluster's."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sb3_mlflow_ckpt.errors import ConfigError
+from sb3_mlflow_ckpt.redaction import redact
+
+_OBJECT_STORE_BYTES = 100 * 2**20
+
+
+@contextmanager
+def ray_session(address: str | None, num_cpus: int | None = None) -> Iterator[None]:
+    """Connect to Ray, and leave it at the end.
+
+    Args:
+        address: The cluster; a Ray of its own, which ends with this process, where it is None.
+        num_cpus: Of a Ray of its own: what it says it has; what the machine has where it is None.
+
+    Raises:
+        ConfigError: Ray is not installed, or the cluster does not answer.
+    """
+    # Before it is imported: it reads them once.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Trials report what they do; the driver's own words are few.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    try:
+        import ray
+        import ray.tune
+    except ImportError as error:
+        hint = "Install it with: python -m pip install 'sb3-mlflow-ckpt[ray]'"
+        raise ConfigError("sweep", f"needs Ray Tune, which is not installed ({error})", hint=hint) from error
+    try:
+        if address is None:
+            # Not "auto": a file that a dead cluster left would be believed.
+            ray.init(
+                "local",
+                num_cpus=num_cpus,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        else:
+            ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        cause = " ".join(redact(str(error)).split())[:300]
+        hint = "Start one with: ray start --head, or leave --address out"
+        raise ConfigError("address", f"no Ray answers: {cause}", hint=hint) from error
+    # A trial's own process is what lets go of its environments and its run folder.
+    warnings.filterwarnings("ignore", message=".*reuse_actors.*")
+    try:
+        yield
+    finally:
+        ray.shutdown()

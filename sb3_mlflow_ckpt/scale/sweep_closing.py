@@ -1,0 +1,167 @@
+"""Owns the end of trials: what stopped one is in its record and its MLflow run, before the sweep's own run ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from sb3_mlflow_ckpt.errors import CheckpointError
+from sb3_mlflow_ckpt.journal import read_record
+from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.mirrors.patience import quick_requests
+from sb3_mlflow_ckpt.mirrors.tracked_run import run_of
+from sb3_mlflow_ckpt.reap import settle_run
+from sb3_mlflow_ckpt.redaction import redact
+from sb3_mlflow_ckpt.scale.trial import TrialPlan
+from sb3_mlflow_ckpt.sync import MirrorAddresses, sync_runs
+
+if TYPE_CHECKING:
+    from ray.tune import Callback
+
+logger = logging.getLogger(__name__)
+
+# A process that Tune has told to end sends its last lines itself.
+_PATIENCE_SECONDS = 20.0
+_MLFLOW_STATUS = {"completed": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+
+
+class TrialCloser:
+    """Knows the trials of a sweep, and ends what they could not end themselves.
+
+    Args:
+        plan: The sweep.
+        tell: Is given a line when a trial starts, goes on or ends.
+
+    Attributes:
+        failed: The ids of runs that ended with an error which no retry has mended.
+    """
+
+    def __init__(self, plan: TrialPlan, tell: Callable[[str], None]) -> None:
+        self._plan = plan
+        self._tell = tell
+        self._errors: dict[str, str | None] = {}
+        # One at a time, and not in Tune's loop: a trial's process may take a while to let go.
+        self._work = ThreadPoolExecutor(1, thread_name_prefix="closing")
+        self.failed: set[str] = set()
+
+    @property
+    def run_ids(self) -> tuple[str, ...]:
+        """The ids of the trials' runs, in the order of the trials."""
+        return tuple(sorted(self._plan.folder.run_id(trial_id) for trial_id in self._errors))
+
+    def started(self, trial_id: str, config: Mapping[str, Any]) -> None:
+        """Note a trial that starts, or goes on."""
+        self._errors[trial_id] = None
+        self.failed.discard(self._plan.folder.run_id(trial_id))
+        values = "  ".join(f"{key} {config[key]}" for key in ("seed", *self._plan.sweep.search) if key in config)
+        self._tell(f"{self._plan.folder.run_id(trial_id)} trains: {values}")
+
+    def ended(self, trial_id: str, error: str | None) -> None:
+        """Note a trial that has ended, with an error that is not retried or without one."""
+        self._errors[trial_id] = error
+        run_id = self._plan.folder.run_id(trial_id)
+        if error is not None:
+            self.failed.add(run_id)
+        self._tell(f"{run_id} ended" + (f" with an error: {error}" if error is not None else ""))
+        self._work.submit(self._close, trial_id, "failed" if error is not None else "interrupted")
+
+    def known(self, trial_id: str, error: str | None) -> None:
+        """Note a trial of a sweep that has ended, whatever became of it."""
+        self._errors.setdefault(trial_id, error)
+        if error is not None:
+            self.failed.add(self._plan.folder.run_id(trial_id))
+
+    def close_all(self) -> None:
+        """End every run that has no end yet."""
+        for trial_id, error in self._errors.items():
+            self._work.submit(self._close, trial_id, "failed" if error is not None else "interrupted")
+        self._work.shutdown()
+
+    def _close(self, trial_id: str, status: str) -> None:
+        folder = self._plan.run_folder(trial_id)
+        try:
+            self._tell_mlflow(folder, *self._settled(folder, status, self._errors.get(trial_id)))
+        except Exception:
+            logger.exception("The run %s of the sweep was not ended", folder.run_id)
+
+    def _settled(self, folder: RunFolder, status: str, error: str | None) -> tuple[str, str | None]:
+        """End a trial's run in its folder; return how it ended, and its id in MLflow."""
+        try:
+            settle_run(folder, status, error, addresses=self._mirrors, patience=_PATIENCE_SECONDS)
+            record = read_record(folder)
+            return str(record["status"]), (record.get("mlflow") or {}).get("run_id")
+        except CheckpointError as problem:
+            # Another node's disk holds it, or it never began: MLflow is told all the same.
+            logger.debug("%s", problem)
+            return status, None
+
+    @property
+    def _mirrors(self) -> MirrorAddresses:
+        return MirrorAddresses(tracking_uri=self._plan.tracking_uri)
+
+    def _tell_mlflow(self, folder: RunFolder, status: str, mlflow_run_id: str | None) -> None:
+        """Send MLflow what the trial's process was ended in the middle of, and at least the end."""
+        if self._plan.tracking_uri is None:
+            return
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri=self._plan.tracking_uri)
+        with quick_requests():
+            run = client.get_run(mlflow_run_id) if mlflow_run_id else run_of(client, folder.run_id)
+            if run is None or run.info.status != "RUNNING":
+                return
+            if folder.record.exists():
+                sync_runs(folder.checkpoint_dir, self._mirrors, run_id=folder.run_id, agent_id=folder.agent_id)
+            if client.get_run(run.info.run_id).info.status == "RUNNING":
+                client.set_terminated(run.info.run_id, _MLFLOW_STATUS[status])
+
+
+_closer: TrialCloser | None = None
+
+
+def noting(closer: TrialCloser) -> Callback:
+    """Return the callback by which Tune tells a closer of its trials.
+
+    It holds nothing: Tune writes it down with its snapshot, and a restored sweep tells the closer of its own process.
+    """
+    global _closer
+    _closer = closer
+    return make_callback()
+
+
+def make_callback() -> Callback:
+    """Return a callback that tells the closer of this process."""
+    from ray.tune import Callback
+
+    class _Noting(Callback):
+        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            current().started(trial.trial_id, trial.config)
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            current().ended(trial.trial_id, None)
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            current().ended(trial.trial_id, _reason(trial))
+
+        def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+            for trial in trials:
+                current().known(trial.trial_id, _reason(trial) if trial.status == "ERROR" else None)
+
+        def __reduce__(self) -> Any:
+            return make_callback, ()
+
+    return _Noting()
+
+
+def current() -> TrialCloser:
+    """Return the closer of the sweep that this process drives."""
+    assert _closer is not None
+    return _closer
+
+
+def _reason(trial: Any) -> str:
+    error = trial.get_error()
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return redact(lines[-1])[:300] if lines else "Ray Tune gave no reason"
