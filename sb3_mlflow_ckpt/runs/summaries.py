@@ -26,7 +26,8 @@ _FIELDS = (
     *("run_id", "agent_id", "name", "algo", "env_id", "status", "attempt", "parent", "root_run_id", "progress"),
     *("started_at", "heartbeat_at", "heartbeat_seconds", "last_step_at", "ended_at", "host", "mlflow", "mirrors"),
 )
-SOURCES = (*_FIELDS, "error.type", "error.message", "resume.exact", "config.seed")
+_SWEEP = ("id", "trial", "generation")
+SOURCES = (*_FIELDS, "error.type", "error.message", "resume.exact", "config.seed", *(f"sweep.{key}" for key in _SWEEP))
 """What of a record a summary is made of."""
 _SEARCHED = ("name", "run_id", "agent_id", "algo", "env_id", "host")
 
@@ -38,6 +39,8 @@ def summarize(record: Mapping[str, Any]) -> dict[str, Any]:
     summary["error"] = {key: error.get(key) for key in ("type", "message")} if error else None
     summary["exact"] = resume.get("exact") if resume else None
     summary["seed"] = config.get("seed")
+    sweep = _mapping(record.get("sweep"))
+    summary["sweep"] = {key: sweep.get(key) for key in _SWEEP} if sweep else None
     return summary
 
 
@@ -58,7 +61,10 @@ SORTS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     **{key: _progress(key) for key in ("num_timesteps", "episode", "mean_reward", "best_mean_reward")},
 }
 """What runs can be sorted by."""
-_CHOICES = ("algo", "env_id", "agent_id")
+_CHOICES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    **{key: _field(key) for key in ("algo", "env_id", "agent_id")},
+    "sweep": lambda run: _mapping(run.get("sweep")).get("id"),
+}
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class RunQuery:
         env_id: Only this environment.
         agent_id: Only this agent.
         root_run_id: Only the runs of this chain of resumes.
+        sweep: Only the trials of this sweep.
         text: Words that must all occur in name, id, agent, algorithm, environment or host, in whatever case.
         sort: One of `SORTS`, with `-` before it for the greatest first. Runs without a value come last.
 
@@ -83,6 +90,7 @@ class RunQuery:
     env_id: str | None = None
     agent_id: str | None = None
     root_run_id: str | None = None
+    sweep: str | None = None
     text: str = ""
     sort: str = DEFAULT_SORT
 
@@ -100,6 +108,7 @@ class RunQuery:
             and (self.env_id is None or run.get("env_id") == self.env_id)
             and (self.agent_id is None or run.get("agent_id") == self.agent_id)
             and (self.root_run_id is None or run.get("root_run_id") == self.root_run_id)
+            and (self.sweep is None or _CHOICES["sweep"](run) == self.sweep)
             and (not self.text or self._found_in(run))
         )
 
@@ -138,7 +147,7 @@ class Page:
         total: How many runs the query admits.
         first: The place of the first item among them, from 1; 0 for an empty page.
         statuses: How many runs of each status the rest of the query admits.
-        choices: The values of `algo`, `env_id` and `agent_id` in the whole store, sorted.
+        choices: The values of `algo`, `env_id`, `agent_id` and of the sweeps' ids in the whole store, sorted.
     """
 
     items: Sequence[Mapping[str, Any]]
@@ -185,7 +194,7 @@ def select(
         total=len(chosen),
         first=begin + 1 if items else 0,
         statuses={status: statuses.get(status, 0) for status in STATUSES},
-        choices={key: sorted({str(run[key]) for run in every if run.get(key)}) for key in _CHOICES},
+        choices={key: sorted({str(value) for run in every if (value := of(run))}) for key, of in _CHOICES.items()},
     )
 
 

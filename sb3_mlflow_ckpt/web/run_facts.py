@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlencode
 
 from sb3_mlflow_ckpt.runs.document import STATUSES, TERMINAL_STATUSES
 from sb3_mlflow_ckpt.runs.reader import Glance
@@ -51,6 +52,23 @@ class RunLink:
 
 
 @dataclass(frozen=True)
+class TrialLink:
+    """A run as a trial of a sweep.
+
+    Attributes:
+        sweep: The sweep's id, as it is.
+        trial: The trial's number.
+        generation: How often it went on from another trial's checkpoint; empty for never.
+        query: Of the address that lists the sweep's trials, the best first.
+    """
+
+    sweep: str
+    trial: str
+    generation: str
+    query: str
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far a run is: in environment steps; `percent` is None where there is no target."""
 
@@ -82,6 +100,17 @@ def parent_link(run: Mapping[str, Any]) -> RunLink | None:
         return None
     short = formats.short_id(run_id)
     return RunLink(run_id, short, short, episode=formats.count(parent.get("episode")))
+
+
+def trial_link(run: Mapping[str, Any]) -> TrialLink | None:
+    """Return which trial of which sweep a run is."""
+    sweep = mapping(run.get("sweep"))
+    sweep_id = formats.string(sweep.get("id"))
+    if not sweep_id:
+        return None
+    generation = formats.whole(sweep.get("generation"))
+    query = urlencode({"sweep": sweep_id, "sort": "-best_mean_reward"}, errors="replace")
+    return TrialLink(sweep_id, formats.text(sweep.get("trial")), formats.count(generation) if generation else "", query)
 
 
 def algo_name(value: Any) -> str:

@@ -22,6 +22,7 @@ from sb3_mlflow_ckpt.web.run_facts import (
     RunLink,
     Span,
     Status,
+    TrialLink,
     algo_name,
     is_live,
     parent_link,
@@ -29,6 +30,7 @@ from sb3_mlflow_ckpt.web.run_facts import (
     run_link,
     span_of,
     status_of,
+    trial_link,
 )
 from sb3_mlflow_ckpt.web.scales import number, spread
 
@@ -104,6 +106,7 @@ class RunPage:
     last: str
     best: str
     parent: RunLink | None
+    trial: TrialLink | None
     exactness: str
     mlflow: str | None
     facts: tuple[Fact, ...]
@@ -159,6 +162,7 @@ def run_page(
         last=formats.reward(progress.get("mean_reward")) or formats.reward(next(iter(rewards[-1:]), None)),
         best=formats.reward(progress.get("best_mean_reward")) or formats.reward(max(rewards, default=None)),
         parent=parent_link(record),
+        trial=trial_link(record),
         exactness=exactness(record),
         mlflow=mlflow_url(record, mlflow_ui_url),
         facts=facts(record),

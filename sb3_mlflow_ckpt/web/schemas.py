@@ -82,6 +82,11 @@ class RunSummary(_Open):
     )
     parent: Any = Field(default=None, description="`{run_id, checkpoint, episode, sha256}` of what it resumed, or null")
     root_run_id: Any = Field(default=None, description="The first run of the chain of resumes")
+    sweep: Any = Field(
+        default=None,
+        description="`{id, trial, generation}` of the sweep whose trial it is, or null; a generation is how often the "
+        "trial has gone on from another's checkpoint",
+    )
     progress: Any = Field(
         default=None,
         description="`{num_timesteps, total_timesteps, episode, steps_per_second, mean_reward, checkpoint_stalls}`; "
@@ -111,7 +116,9 @@ class RunList(_Open):
     total: int = Field(description="How many runs the question admits")
     first: int = Field(description="The place of the first item among them, from 1; 0 where there is none")
     statuses: dict[str, int] = Field(description="How many runs of each status the rest of the question admits")
-    choices: dict[str, list[str]] = Field(description="The values of `algo`, `env_id`, `agent_id` in the store")
+    choices: dict[str, list[str]] = Field(
+        description="The values of `algo`, `env_id`, `agent_id`, and of `sweep`, the ids"
+    )
 
 
 class RunUrls(_Open):

@@ -20,6 +20,7 @@ from sb3_mlflow_ckpt.web.run_facts import (
     RunLink,
     Span,
     Status,
+    TrialLink,
     algo_name,
     is_live,
     mirror_state,
@@ -28,6 +29,7 @@ from sb3_mlflow_ckpt.web.run_facts import (
     run_link,
     span_of,
     status_of,
+    trial_link,
 )
 
 COLUMNS: Mapping[str, str] = {
@@ -40,8 +42,8 @@ COLUMNS: Mapping[str, str] = {
 }
 """The columns that a list can be sorted by, with what stands over them."""
 _GREATEST_FIRST = ("mean_reward", "num_timesteps", "started_at")
-_FILTERS = {"algo": "Algorithm", "env": "Environment", "agent": "Agent"}
-_CHOICES = {"algo": "algo", "env": "env_id", "agent": "agent_id"}
+_FILTERS = {"algo": "Algorithm", "env": "Environment", "agent": "Agent", "sweep": "Sweep"}
+_CHOICES = {"algo": "algo", "env": "env_id", "agent": "agent_id", "sweep": "sweep"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class RunRow:
     mirror: str
     mirror_kind: str
     parent: RunLink | None
+    trial: TrialLink | None
     started: Moment | None
     span: Span
 
@@ -76,24 +79,31 @@ class ListQuery:
     algo: str = ""
     env: str = ""
     agent: str = ""
+    sweep: str = ""
     sort: str = DEFAULT_SORT
     cursor: str = ""
 
     def asked(self) -> RunQuery:
         """Return the question to the store; raises InvalidQueryError."""
         return RunQuery(
-            self.status, self.algo or None, self.env or None, self.agent or None, text=self.q, sort=self.sort
+            self.status,
+            self.algo or None,
+            self.env or None,
+            self.agent or None,
+            sweep=self.sweep or None,
+            text=self.q,
+            sort=self.sort,
         )
 
     @property
     def is_filtered(self) -> bool:
         """Return whether it leaves anything out."""
-        return bool(self.q or self.status or self.algo or self.env or self.agent)
+        return bool(self.q or self.status or self.algo or self.env or self.agent or self.sweep)
 
     def address(self, **changes: Any) -> str:
         """Return the query of an address with some changes, on the first page unless a cursor is among them."""
         new = replace(self, **{"cursor": "", **changes})
-        given = [(name, getattr(new, name)) for name in ("q", "algo", "env", "agent", "cursor")]
+        given = [(name, getattr(new, name)) for name in ("q", "algo", "env", "agent", "sweep", "cursor")]
         pairs = [(name, value) for name, value in given if value]
         pairs += [("status", status) for status in new.status]
         pairs += [("sort", new.sort)] if new.sort != DEFAULT_SORT else []
@@ -155,7 +165,8 @@ def run_list(page: Page, glances: Mapping[str, Glance], query: ListQuery) -> Run
         rows=rows,
         chips=tuple(_chip(name, page.statuses.get(name, 0), query) for name in STATUSES),
         columns={key: _column(key, query) for key in COLUMNS},
-        choices=tuple(_choice(name, page.choices, query) for name in _FILTERS),
+        # Most stores hold no sweeps: what there is nothing to choose of is not offered.
+        choices=tuple(c for c in (_choice(n, page.choices, query) for n in _FILTERS) if c.options or c.name != "sweep"),
         first=page.first,
         last=page.first + len(rows) - 1 if rows else 0,
         total=page.total,
@@ -188,6 +199,7 @@ def run_row(run: Mapping[str, Any], glance: Glance) -> RunRow:
         mirror=mirror,
         mirror_kind=kind,
         parent=parent_link(run),
+        trial=trial_link(run),
         started=formats.moment(run.get("started_at")),
         span=span_of(run),
     )
