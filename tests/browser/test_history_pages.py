@@ -248,9 +248,12 @@ def test_what_is_not_there_is_a_page_that_leads_back(server: Server, visit: Visi
 
 def test_an_empty_store_says_how_to_train(visit: Visit, tmp_path: Any) -> None:
     empty = Server(tmp_path, "--checkpoint-dir", tmp_path / "none")
+    visitor = visit(empty)
     try:
-        page = visit(empty).open("/training")
+        page = visitor.open("/training")
         expect(page.get_by_role("heading", name="No runs yet")).to_be_visible()
         expect(page.locator(".command-box code")).to_contain_text("python -m sb3_mlflow_ckpt.trainer")
     finally:
+        # A window that still asks would notice that nobody answers.
+        visitor.context.close()
         empty.stop()

@@ -41,7 +41,8 @@ def test_the_short_benchmark_measures_every_method_and_says_which_goals_are_met(
     # Parameters and two moments of each, on disk; with MLflow there as well.
     assert min(written["sb3"], written["ours"]) > rows["copy"]["state"] > 100_000
     assert written["sb3-mlflow"] == pytest.approx(2 * written["sb3"], rel=0.01)
-    assert written["ours-mlflow"] == pytest.approx(2 * written["ours"], rel=0.05)
+    # A store on the same file system has the files themselves.
+    assert written["ours-mlflow"] == pytest.approx(written["ours"], rel=0.05)
 
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from costs.document import document

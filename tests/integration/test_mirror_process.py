@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow_server import MlflowServer
 from processes import TESTS, environment, script, wait_for
 
+from sb3_mlflow_ckpt import mirror_process
 from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.mirror_process import MirrorFailedError, MirrorPlace
@@ -111,6 +112,30 @@ def test_a_process_that_dies_is_replaced_by_the_thread_and_nothing_is_lost(tmp_p
     assert replicator.close(60)
     assert files(MlflowClient(uri), mirror) == artifacts(10, 20, 30)
     assert place.process_id is None
+
+
+def test_another_process_follows_one_that_died_and_none_follows_the_third(
+    tmp_path: Path, journal: RunJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror_process, "DEFAULT_AFTER_SECONDS", 0.0)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    mirror = MLflowMirror(uri)
+    place = moved(mirror, journal)
+    seen = set()
+    try:
+        for episode in (20, 30, 40):
+            wait_for(lambda: place.process_id is not None, "a process to be ready")
+            assert place.process_id is not None and place.process_id not in seen
+            seen.add(place.process_id)
+            os.kill(place.process_id, signal.SIGKILL)
+            save(journal, episode)
+            place.replicate()
+            assert not journal.waiting_for_mirror()
+        place.replicate()
+        assert place.process_id is None
+        assert files(MlflowClient(uri), mirror) == artifacts(10, 20, 30, 40)
+    finally:
+        place.close()
 
 
 def test_an_outage_in_the_process_is_raised_here_and_made_good(journal: RunJournal, mlflow_server: MlflowServer) -> None:
