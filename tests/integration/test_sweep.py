@@ -176,15 +176,16 @@ def test_what_was_reported_is_whole_after_retention_has_removed_it_from_the_run(
 
 def test_a_trial_that_asha_stops_is_killed_and_one_that_raises_has_failed(tmp_path: Path) -> None:
     tracking_uri = f"sqlite:///{tmp_path}/mlflow.db"
-    broken, whole = {"length": 10, "fails_at": 300}, {"length": 10}
+    # One after the other: the second is worse than the first at the first rung.
+    better, worse, broken = {"length": 20}, {"length": 10}, {"length": 10, "fails_at": 300}
     file = write_sweep(
         tmp_path,
         training={
             "env_id": "toy_environments:FixedLength-v0", "total_timesteps": 2048, "mlflow": True,
             "tracking_uri": tracking_uri,
         },
-        seeds=[0, 1],
-        search={"env_kwargs": {"grid": [whole, broken]}},
+        search={"env_kwargs": {"grid": [better, worse, broken]}},
+        concurrency=1,
         scheduler="asha",
         asha={"grace_period": 512, "reduction_factor": 2},
         report_interval_timesteps=256,
@@ -198,8 +199,8 @@ def test_a_trial_that_asha_stops_is_killed_and_one_that_raises_has_failed(tmp_pa
     by_id = {run.data.tags.get("sb3_mlflow_ckpt.run_id"): run for run in runs}
     for record in trials.values():
         assert by_id[record["run_id"]].info.status == how[record["status"]]
-        fails = "fails_at" in record["config"]["env_kwargs"]
-        assert record["status"] == "failed" if fails else record["status"] in ("completed", "interrupted")
+    assert [record["status"] for record in trials.values()] == ["completed", "interrupted", "failed"]
+    assert trials["00002"]["error"]["message"] == "the simulator broke"
     assert by_id[None].info.status == "FAILED"
 
 
