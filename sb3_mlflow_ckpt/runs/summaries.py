@@ -26,7 +26,7 @@ _FIELDS = (
     *("run_id", "agent_id", "name", "algo", "env_id", "status", "attempt", "parent", "root_run_id", "progress"),
     *("started_at", "heartbeat_at", "heartbeat_seconds", "last_step_at", "ended_at", "host", "mlflow", "mirrors"),
 )
-SOURCES = (*_FIELDS, "error.type", "error.message", "resume.exact", "config.seed")
+SOURCES = (*_FIELDS, "error.type", "error.message", "resume.exact", "config.seed", "sweep.id")
 """What of a record a summary is made of."""
 _SEARCHED = ("name", "run_id", "agent_id", "algo", "env_id", "host")
 
@@ -34,10 +34,11 @@ _SEARCHED = ("name", "run_id", "agent_id", "algo", "env_id", "host")
 def summarize(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return what lists show of a record: no configuration, no traceback, nothing that grows with the run's length."""
     summary = {key: record.get(key) for key in _FIELDS}
-    error, resume, config = (_mapping(record.get(key)) for key in ("error", "resume", "config"))
+    error, resume, config, sweep = (_mapping(record.get(key)) for key in ("error", "resume", "config", "sweep"))
     summary["error"] = {key: error.get(key) for key in ("type", "message")} if error else None
     summary["exact"] = resume.get("exact") if resume else None
     summary["seed"] = config.get("seed")
+    summary["sweep_id"] = sweep.get("id")
     return summary
 
 
@@ -71,6 +72,7 @@ class RunQuery:
         env_id: Only this environment.
         agent_id: Only this agent.
         root_run_id: Only the runs of this chain of resumes.
+        sweep_id: Only the trials of this sweep.
         text: Words that must all occur in name, id, agent, algorithm, environment or host, in whatever case.
         sort: One of `SORTS`, with `-` before it for the greatest first. Runs without a value come last.
 
@@ -83,6 +85,7 @@ class RunQuery:
     env_id: str | None = None
     agent_id: str | None = None
     root_run_id: str | None = None
+    sweep_id: str | None = None
     text: str = ""
     sort: str = DEFAULT_SORT
 
@@ -100,6 +103,7 @@ class RunQuery:
             and (self.env_id is None or run.get("env_id") == self.env_id)
             and (self.agent_id is None or run.get("agent_id") == self.agent_id)
             and (self.root_run_id is None or run.get("root_run_id") == self.root_run_id)
+            and (self.sweep_id is None or run.get("sweep_id") == self.sweep_id)
             and (not self.text or self._found_in(run))
         )
 

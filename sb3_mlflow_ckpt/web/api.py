@@ -86,6 +86,7 @@ def list_runs(
     algo: Annotated[str, Query(description="Only this algorithm, in whatever case")] = "",
     env: Annotated[str, Query(description="Only this environment")] = "",
     agent: Annotated[str, Query(description="Only this agent")] = "",
+    sweep: Annotated[str, Query(description="Only the trials of this sweep")] = "",
     q: Annotated[str, Query(description="Words that occur in name, id, agent, algorithm, environment or host")] = "",
     sort: Annotated[
         str, Query(description="What to sort by; with `-` the greatest first", json_schema_extra={"enum": _SORT_NAMES})
@@ -98,6 +99,7 @@ def list_runs(
         algo=algo or None,
         env_id=env or None,
         agent_id=agent or None,
+        sweep_id=sweep or None,
         text=q,
         sort=sort,
     )

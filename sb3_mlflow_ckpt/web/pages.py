@@ -102,13 +102,14 @@ def show_runs(
     algo: str = "",
     env: str = "",
     agent: str = "",
+    sweep: str = "",
     sort: str = DEFAULT_SORT,
     cursor: str = "",
 ) -> Response:
     """Show the list of runs."""
     named = {name.strip() for item in status for name in item.split(",") if name.strip()}
     statuses = tuple(name for name in STATUSES if name in named) + tuple(sorted(named - set(STATUSES)))
-    query = ListQuery(q, statuses, algo, env, agent, sort or DEFAULT_SORT, cursor)
+    query = ListQuery(q, statuses, algo, env, agent, sweep, sort or DEFAULT_SORT, cursor)
     query.asked()
     store = _store(request)
 

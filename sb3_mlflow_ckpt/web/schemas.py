@@ -85,6 +85,7 @@ class RunSummary(_Open):
     progress: Any = Field(
         default=None, description="`{num_timesteps, total_timesteps, episode, steps_per_second, mean_reward}`"
     )
+    sweep_id: Any = Field(default=None, description="The sweep that it is a trial of, or null")
     started_at: Any = Field(default=None, description="When it started", examples=["2026-01-01T12:00:00.000Z"])
     heartbeat_at: Any = Field(default=None, description="When its process last gave a sign of life")
     ended_at: Any = Field(default=None, description="When it ended, or null")

@@ -76,24 +76,31 @@ class ListQuery:
     algo: str = ""
     env: str = ""
     agent: str = ""
+    sweep: str = ""
     sort: str = DEFAULT_SORT
     cursor: str = ""
 
     def asked(self) -> RunQuery:
         """Return the question to the store; raises InvalidQueryError."""
         return RunQuery(
-            self.status, self.algo or None, self.env or None, self.agent or None, text=self.q, sort=self.sort
+            self.status,
+            self.algo or None,
+            self.env or None,
+            self.agent or None,
+            sweep_id=self.sweep or None,
+            text=self.q,
+            sort=self.sort,
         )
 
     @property
     def is_filtered(self) -> bool:
         """Return whether it leaves anything out."""
-        return bool(self.q or self.status or self.algo or self.env or self.agent)
+        return bool(self.q or self.status or self.algo or self.env or self.agent or self.sweep)
 
     def address(self, **changes: Any) -> str:
         """Return the query of an address with some changes, on the first page unless a cursor is among them."""
         new = replace(self, **{"cursor": "", **changes})
-        given = [(name, getattr(new, name)) for name in ("q", "algo", "env", "agent", "cursor")]
+        given = [(name, getattr(new, name)) for name in ("q", "algo", "env", "agent", "sweep", "cursor")]
         pairs = [(name, value) for name, value in given if value]
         pairs += [("status", status) for status in new.status]
         pairs += [("sort", new.sort)] if new.sort != DEFAULT_SORT else []
