@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlencode
 
 from sb3_mlflow_ckpt.runs.document import STATUSES, TERMINAL_STATUSES
 from sb3_mlflow_ckpt.runs.reader import Glance
@@ -48,6 +49,26 @@ class RunLink:
     named: bool = False
     missing: bool = False
     episode: str = ""
+
+
+@dataclass(frozen=True)
+class SweepLink:
+    """The sweep that a run is a trial of.
+
+    Attributes:
+        sweep_id: Its id.
+        query: The query of the list that shows its trials alone.
+    """
+
+    sweep_id: str
+    query: str
+
+
+def sweep_link(sweep_id: Any) -> SweepLink | None:
+    """Return the link to a sweep, or None for a run that is no trial."""
+    if not isinstance(sweep_id, str) or not sweep_id:
+        return None
+    return SweepLink(sweep_id, f"?{urlencode({'sweep': sweep_id}, errors='replace')}")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from sb3_mlflow_ckpt.web.run_facts import (
     RunLink,
     Span,
     Status,
+    SweepLink,
     algo_name,
     is_live,
     parent_link,
@@ -28,6 +29,7 @@ from sb3_mlflow_ckpt.web.run_facts import (
     run_link,
     span_of,
     status_of,
+    sweep_link,
 )
 from sb3_mlflow_ckpt.web.scales import number, spread
 
@@ -97,6 +99,7 @@ class RunPage:
     algo: str
     env: str
     agent: str
+    sweep: SweepLink | None
     progress: Progress
     episodes: str
     speed: str
@@ -151,6 +154,7 @@ def run_page(
         algo=algo,
         env=env,
         agent=formats.text(record.get("agent_id")),
+        sweep=sweep_link(mapping(record.get("sweep")).get("id")),
         progress=progress_of(progress),
         episodes=formats.count(progress.get("episode")),
         speed=formats.count(progress.get("steps_per_second")),

@@ -20,6 +20,7 @@ from sb3_mlflow_ckpt.web.run_facts import (
     RunLink,
     Span,
     Status,
+    SweepLink,
     algo_name,
     is_live,
     mirror_state,
@@ -28,6 +29,7 @@ from sb3_mlflow_ckpt.web.run_facts import (
     run_link,
     span_of,
     status_of,
+    sweep_link,
 )
 
 COLUMNS: Mapping[str, str] = {
@@ -51,6 +53,7 @@ class RunRow:
     run: RunLink
     status: Status
     agent: str
+    sweep: SweepLink | None
     algo: str
     env: str
     rewards: Markup
@@ -182,6 +185,7 @@ def run_row(run: Mapping[str, Any], glance: Glance) -> RunRow:
         run=run_link(run),
         status=status_of(run),
         agent=formats.text(run.get("agent_id")),
+        sweep=sweep_link(run.get("sweep_id")),
         algo=algo_name(run.get("algo")),
         env=formats.text(run.get("env_id")),
         rewards=sparkline(glance.rewards),

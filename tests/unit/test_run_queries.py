@@ -207,3 +207,9 @@ def test_what_a_resume_changed_is_told_from_its_record() -> None:
     record = {"overrides": {"learning_rate": {"from": None, "to": 1e-4}, "edited": "x"}}
     assert changes_from_parent(record) == [Difference("learning_rate", (None, 1e-4))]
     assert changes_from_parent({"overrides": [1]}) == changes_from_parent({}) == []
+
+
+def test_a_sweep_is_asked_for_as_one_group() -> None:
+    runs = [run("a", sweep={"id": "one"}), run("b", sweep={"id": "two"}), run("c", sweep={"id": "one"}), run("d")]
+    assert {item["run_id"] for item in select(runs, RunQuery(sweep_id="one")).items} == {"a", "c"}
+    assert {item["sweep_id"] for item in runs} == {"one", "two", None}

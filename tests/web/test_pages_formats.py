@@ -7,7 +7,24 @@ import pytest
 from sb3_mlflow_ckpt.runs.comparison import MISSING
 from sb3_mlflow_ckpt.web import formats
 
-ANYTHING = [None, True, 0, -1, 2**80, 1e308, float("nan"), float("inf"), "", "x", "\udc80", [], [1], {}, {"a": {}}, object()]
+ANYTHING = [
+    None,
+    True,
+    0,
+    -1,
+    2**80,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "\udc80",
+    [],
+    [1],
+    {},
+    {"a": {}},
+    object(),
+]
 
 
 @pytest.mark.parametrize("value", ANYTHING, ids=range(len(ANYTHING)))
@@ -34,7 +51,15 @@ def test_a_duration_has_its_two_greatest_units(seconds: float, written: str) -> 
 
 @pytest.mark.parametrize(
     ("value", "written"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (185_300, "185 kB"), (1.45e9, "1.4 GB"), (999_600, "1.0 MB"), (-1, "")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (185_300, "185 kB"),
+        (1.45e9, "1.4 GB"),
+        (999_600, "1.0 MB"),
+        (-1, ""),
+    ],
     ids=["none", "bytes", "kilo", "hundreds", "giga", "rounds-up", "negative"],
 )
 def test_sizes_have_at_most_three_digits(value: float, written: str) -> None:

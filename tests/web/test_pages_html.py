@@ -255,7 +255,9 @@ def test_a_check_that_is_asked_for_is_there_at_once(serve: Serve, tmp_path: Path
 def test_commands_are_there_in_four_forms_of_which_a_toggle_shows_one(serve: Serve, tmp_path: Path) -> None:
     document = page(verified(serve, tmp_path / "checkpoints"), f"/training/{RUN}")
     row = document.one("tbody", id="ep-50")
-    forms = {(item.attributes["data-program"], item.attributes["data-source"]) for item in row.all("div", cls="command")}
+    forms = {
+        (item.attributes["data-program"], item.attributes["data-source"]) for item in row.all("div", cls="command")
+    }
     assert forms == {(program, source) for program in ("trainer", "mlflow") for source in ("path", "uri")}
     for command in row.all("div", cls="command"):
         assert command.one("button").attributes["data-copy"] == command.one("code").text
@@ -359,7 +361,11 @@ def test_pages_live_under_a_proxys_path(serve: Serve, tmp_path: Path) -> None:
 
 
 def test_static_files_have_their_types_and_no_others_are_handed_out(server: ServedApp) -> None:
-    for name, kind in (("history.css", "text/css"), ("history.js", "text/javascript"), ("favicon.svg", "image/svg+xml")):
+    for name, kind in (
+        ("history.css", "text/css"),
+        ("history.js", "text/javascript"),
+        ("favicon.svg", "image/svg+xml"),
+    ):
         answer = server.ask(f"/static/{name}")
         assert answer.status == 200 and answer.headers["content-type"].startswith(kind) and answer.headers["etag"]
     for name in ("..%2fapp.py", "../app.py", "app.py", "%2e%2e/app.py"):
@@ -395,3 +401,20 @@ _PARTS = {
     "overrides": ("a", "b"),
     "config": ("seed", "env_id", "hyperparameters", "algo", "total_timesteps", "checkpoint_dir"),
 }
+
+
+def test_the_trials_of_a_sweep_are_listed_as_one_group_by_a_link(serve: Serve, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for number, sweep in enumerate(({"id": "one"}, {"id": "one"}, {"id": "two & more"}, None)):
+        start_run(folder, f"{number}" * 32, config=CONFIG, sweep=sweep).close()
+    app = serve()
+    addresses = {link.attributes.get("href", "") for link in page(app, "/training").all("a")}
+    assert {address for address in addresses if "?sweep=" in address and "sort=" not in address} == {
+        "/training?sweep=one",
+        "/training?sweep=two+%26+more",
+    }
+    rows = page(app, "/training?sweep=one").one("tbody").all("tr")
+    assert {row.attributes["id"] for row in rows} == {f"run-{'0' * 32}", f"run-{'1' * 32}"}
+    assert "two & more" in page(app, f"/training/{'2' * 32}").text
+    listed = app.ask("/api/training-runs?sweep=two+%26+more").json["items"]
+    assert [(item["run_id"], item["sweep_id"]) for item in listed] == [("2" * 32, "two & more")]

@@ -100,7 +100,9 @@ def test_mirrors_wait_or_hold_all() -> None:
     run = {"mirrors": ["MLflow"]}
     assert mirror_state(run, Glance(checkpoints=3, waiting=2)) == ("2 waiting", "waiting")
     assert mirror_state(run, Glance(checkpoints=3)) == ("mirrored", "all")
-    assert mirror_state({"mirrors": []}, Glance(checkpoints=3)) == mirror_state({"mirrors": 3}, Glance()) == ("", "none")
+    assert (
+        mirror_state({"mirrors": []}, Glance(checkpoints=3)) == mirror_state({"mirrors": 3}, Glance()) == ("", "none")
+    )
 
 
 def test_a_list_leads_to_its_other_orders_filters_and_pages() -> None:

@@ -80,7 +80,9 @@ def test_a_signal_ends_it_at_once_whoever_is_connected(serve_command: Start, tmp
         connection.close()
 
 
-def test_a_signal_ends_it_although_a_database_keeps_it_waiting(serve_command: Start, silent_server: SilentServer) -> None:
+def test_a_signal_ends_it_although_a_database_keeps_it_waiting(
+    serve_command: Start, silent_server: SilentServer
+) -> None:
     uri = f"mongodb://127.0.0.1:{silent_server.port}/?directConnection=true"
     command = serve_command("--mongo-uri", uri, *FREE)
     port, _ = command.ports()
@@ -166,7 +168,11 @@ def test_the_token_is_in_no_output_and_in_no_process_title(serve_command: Start,
 
 def test_a_proxy_is_believed_only_where_it_is_trusted(serve_command: Start) -> None:
     forwarded = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "192.0.2.9"}
-    for flags, secure in (((), False), (("--trusted-proxy", "127.0.0.1"), True), (("--trusted-proxy", "192.0.2.0/24"), False)):
+    for flags, secure in (
+        ((), False),
+        (("--trusted-proxy", "127.0.0.1"), True),
+        (("--trusted-proxy", "192.0.2.0/24"), False),
+    ):
         command = serve_command("--token", TOKEN, "--root-path", "/history", *flags, *FREE, FORWARDED_ALLOW_IPS="*")
         port, _ = command.ports()
         assert "/history/training" in command.output
@@ -186,7 +192,12 @@ def test_starting_imports_nothing_of_the_training(tmp_path: Path) -> None:
     )
     for words in ('["serve", "--help"]', '["serve", "--port", "0", "--ui-port", "0"]'):
         done = subprocess.run(
-            [sys.executable, "-c", code, words], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", code, words],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert done.returncode == 0, done.stderr
         loaded = set(done.stdout.splitlines()[-1].split())
@@ -195,7 +206,11 @@ def test_starting_imports_nothing_of_the_training(tmp_path: Path) -> None:
 
 def test_help_names_every_flag() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "sb3_mlflow_ckpt", "serve", "--help"], env=environment(), capture_output=True, text=True, check=True
+        [sys.executable, "-m", "sb3_mlflow_ckpt", "serve", "--help"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for flag in ("--checkpoint-dir", "--mongo-uri", "--mongo-db", "--host", "--port", "--ui-port", "--token", "--allowed-host",
                  "--mlflow-ui-url", "--root-path", "--trusted-proxy", "--open"):  # fmt: skip

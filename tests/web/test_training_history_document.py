@@ -139,9 +139,7 @@ def test_the_documented_server_behind_a_proxy_starts_and_answers_under_its_path(
 
 
 @pytest.mark.parametrize("words", commands("runs"), ids=" ".join)
-def test_a_documented_command_on_runs_succeeds(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
-) -> None:
+def test_a_documented_command_on_runs_succeeds(folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     opened: list[str] = []
     monkeypatch.chdir(folder)
     monkeypatch.setattr(click, "launch", opened.append)

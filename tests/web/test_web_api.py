@@ -67,7 +67,10 @@ def test_the_snippet_of_the_document_prints_the_checkpoints(server: ServedApp, m
 
 
 def test_a_run_is_its_record_with_its_checkpoints_and_where_more_is(server: ServedApp) -> None:
-    answers = [server.ask(f"{RUNS}/{name}") for name in (FIRST, DASHED, DASHED.upper(), quote(FIRST, safe="").replace("1", "%31"))]
+    answers = [
+        server.ask(f"{RUNS}/{name}")
+        for name in (FIRST, DASHED, DASHED.upper(), quote(FIRST, safe="").replace("1", "%31"))
+    ]
     assert {answer.body for answer in answers} == {answers[0].body}
     run = answers[0].json
     assert (run["run_id"], run["status"], run["config"]["seed"]) == (FIRST, "completed", 2**70)
@@ -171,7 +174,10 @@ def test_a_curve_has_at_most_the_points_that_are_wanted_with_the_first_and_the_l
 def test_a_stitched_curve_goes_through_the_ancestors(server: ServedApp) -> None:
     document = server.ask(f"{RUNS}/{SECOND}/metrics?stitched=true").json
     assert document["stitched"] is True
-    assert [(part["run_id"], part["until_timestep"]) for part in document["segments"]] == [(FIRST, 1000), (SECOND, None)]
+    assert [(part["run_id"], part["until_timestep"]) for part in document["segments"]] == [
+        (FIRST, 1000),
+        (SECOND, None),
+    ]
     steps = [point["num_timesteps"] for part in document["segments"] for point in part["points"]]
     assert steps == [*range(10, 1001, 10), *range(1010, 1500, 10)]
 
@@ -228,7 +234,9 @@ def test_a_slash_at_the_end_leads_to_the_address_without(server: ServedApp) -> N
     assert (answer.status, answer.headers["location"]) == (308, f"{RUNS}?limit=1")
 
 
-@pytest.mark.parametrize("path", [RUNS, f"{RUNS}/{FIRST}", f"{RUNS}/{FIRST}/metrics", "/healthz", "/api/openapi.json", "/nix"])
+@pytest.mark.parametrize(
+    "path", [RUNS, f"{RUNS}/{FIRST}", f"{RUNS}/{FIRST}/metrics", "/healthz", "/api/openapi.json", "/nix"]
+)
 def test_head_says_what_get_says_without_the_body(server: ServedApp, path: str) -> None:
     got, head = server.ask(path), server.ask(path, "HEAD")
     got_headers, head_headers = ({k: v for k, v in answer.headers.items() if k != "date"} for answer in (got, head))

@@ -136,7 +136,9 @@ def test_a_part_is_sent_where_a_part_is_asked_for(fake, asked: str, start: int, 
         assert answer.body == (CONTENT[start:end] if method == "GET" else b"")
 
 
-@pytest.mark.parametrize("asked", ["bytes=", "bytes=-", "bytes=x-", "lines=1-2", "bytes=5-4", "bytes=0-1,5-6", "0-1", "bytes=²-"])
+@pytest.mark.parametrize(
+    "asked", ["bytes=", "bytes=-", "bytes=x-", "lines=1-2", "bytes=5-4", "bytes=0-1,5-6", "0-1", "bytes=²-"]
+)
 def test_what_is_no_range_is_the_whole(fake, asked: str) -> None:
     app, _ = fake
     answer = download(app, 50, Range=asked)

@@ -65,7 +65,12 @@ def test_a_run_that_has_not_changed_is_not_read(serve, tmp_path: Path) -> None:
     write_runs(tmp_path / "checkpoints")
     store = Counting(tmp_path / "checkpoints")
     app = serve(store)
-    for path in (f"{RUNS}/{FIRST}", f"{RUNS}/{FIRST}/metrics", f"{RUNS}/{SECOND}/metrics?stitched=1", f"{RUNS}/{FIRST}/checkpoints"):
+    for path in (
+        f"{RUNS}/{FIRST}",
+        f"{RUNS}/{FIRST}/metrics",
+        f"{RUNS}/{SECOND}/metrics?stitched=1",
+        f"{RUNS}/{FIRST}/checkpoints",
+    ):
         tag = app.ask(path).headers["etag"]
         assert store.reads
         store.reads.clear()

@@ -37,7 +37,9 @@ class Failing(FolderRuns):
         raise RuntimeError("a secret of the inside")
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "127.0.0.1", "[::1]", "localhost:1", "[::1]:8000", "127.0.0.1:5173"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST", "127.0.0.1", "[::1]", "localhost:1", "[::1]:8000", "127.0.0.1:5173"]
+)
 def test_the_names_of_the_own_machine_are_answered_with_any_port(server: ServedApp, host: str) -> None:
     assert server.ask(RUNS, host=host).status == 200
 
@@ -92,11 +94,15 @@ def test_nothing_but_reading_is_allowed(server: ServedApp, method: str, path: st
     assert path == "/x" or answer.json["status"] == 405
 
 
-def test_an_answer_to_a_fault_tells_nothing_of_the_inside(serve, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_answer_to_a_fault_tells_nothing_of_the_inside(
+    serve, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     app = serve(Failing(tmp_path))
     answer = app.ask(RUNS)
     assert (answer.status, answer.headers["content-type"]) == (500, "application/problem+json")
-    assert not any(word in answer.body.decode() for word in ("secret", "Traceback", "RuntimeError", ".py", str(tmp_path)))
+    assert not any(
+        word in answer.body.decode() for word in ("secret", "Traceback", "RuntimeError", ".py", str(tmp_path))
+    )
     # The log does.
     assert "a secret of the inside" in caplog.text
 
@@ -165,7 +171,9 @@ def test_a_proxys_place_is_where_the_cookie_belongs_and_where_addresses_begin(se
     assert app.ask(f"/history{RUNS}/", headers=bearer).headers["location"] == f"/history{RUNS}"
 
 
-@pytest.mark.parametrize("path", ["//evil.example/", "/%2Fevil.example/", "/\\evil.example/", "/%5Cevil.example/", "///evil.example//"])
+@pytest.mark.parametrize(
+    "path", ["//evil.example/", "/%2Fevil.example/", "/\\evil.example/", "/%5Cevil.example/", "///evil.example//"]
+)
 @pytest.mark.parametrize("token", [None, TOKEN])
 def test_no_redirect_leads_to_another_site(serve, path: str, token: str | None) -> None:
     answer = serve(token=token).ask(path + (f"?token={token}" if token else ""))
@@ -194,7 +202,22 @@ def test_an_id_that_names_no_run_is_not_there(server: ServedApp, segment: str) -
 
 def test_hundreds_of_hostile_requests_are_never_a_fault(server: ServedApp) -> None:
     random_numbers = random.Random(7)
-    keys = ["limit", "cursor", "status", "algo", "env", "agent", "q", "sort", "points", "stitched", "before", "run", "x", ""]
+    keys = [
+        "limit",
+        "cursor",
+        "status",
+        "algo",
+        "env",
+        "agent",
+        "q",
+        "sort",
+        "points",
+        "stitched",
+        "before",
+        "run",
+        "x",
+        "",
+    ]
     values = [
         *HOSTILE_SEGMENTS, "", "true", "1", "-started_at", "running,lost", "W10", "bnVsbA", "WzEsMiwzXQ",
         "WyItc3RhcnRlZF9hdCIsTmFOLCJ4Il0", "WyItc3RhcnRlZF9hdCIsIjEiLCIiXQ", "WyItc3RhcnRlZF9hdCIsMWU5OTk5LCJ4Il0", "[" * 9000,
@@ -203,8 +226,30 @@ def test_hundreds_of_hostile_requests_are_never_a_fault(server: ServedApp) -> No
         RUNS, f"{RUNS}/{FIRST}", f"{RUNS}/{FIRST}/metrics", f"{RUNS}/{FIRST}/lineage", f"{RUNS}/{FIRST}/checkpoints",
         f"{RUNS}/{FIRST}/checkpoints/50", f"{RUNS}/{FIRST}/checkpoints/50/download", "/api/compare", "/healthz", "/api",
     ]  # fmt: skip
-    headers = ["If-None-Match", "Range", "If-Range", "Accept-Encoding", "Authorization", "Cookie", "Accept", "X-Forwarded-For"]
-    header_values = ["", "*", '"', "W/", "bytes=--1", "bytes=1-2-3", "gzip;q=x", "\xff\xfe", "a" * 5000, ",,,;;;", "Bearer", "=;=;"]
+    headers = [
+        "If-None-Match",
+        "Range",
+        "If-Range",
+        "Accept-Encoding",
+        "Authorization",
+        "Cookie",
+        "Accept",
+        "X-Forwarded-For",
+    ]
+    header_values = [
+        "",
+        "*",
+        '"',
+        "W/",
+        "bytes=--1",
+        "bytes=1-2-3",
+        "gzip;q=x",
+        "\xff\xfe",
+        "a" * 5000,
+        ",,,;;;",
+        "Bearer",
+        "=;=;",
+    ]
     statuses = set()
     for _ in range(300):
         path = random_numbers.choice(paths)

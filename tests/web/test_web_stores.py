@@ -71,10 +71,19 @@ def test_what_somebody_wrote_into_the_database_is_no_fault(serve, mongo_uri: str
         client[mongo_database]["training_checkpoints"].insert_many(
             [{"run_id": row["_id"], "episode": episode} for row in hostile for episode in (5, 10**12)]
         )
-        client[mongo_database]["training_metrics"].insert_one({"run_id": "a" * 32, "time": "x", "num_timesteps": 5, "ep_rew_mean": float("nan")})
+        client[mongo_database]["training_metrics"].insert_one(
+            {"run_id": "a" * 32, "time": "x", "num_timesteps": 5, "ep_rew_mean": float("nan")}
+        )
     store = MongoRuns(mongo_uri, mongo_database)
     app = serve(store)
-    for path in ("", *(f"/{row['_id']}{rest}" for row in hostile for rest in ("", "/metrics", "/lineage", "/checkpoints", "/checkpoints/5"))):
+    for path in (
+        "",
+        *(
+            f"/{row['_id']}{rest}"
+            for row in hostile
+            for rest in ("", "/metrics", "/lineage", "/checkpoints", "/checkpoints/5")
+        ),
+    ):
         answer = app.ask(RUNS + path)
         assert answer.status == 200, (path, answer.body)
         assert b"NaN" not in answer.body and b"Infinity" not in answer.body
@@ -94,7 +103,11 @@ def test_a_database_that_goes_is_503_and_one_that_comes_back_200(serve, mongo_se
     for path in (f"{RUNS}/{FIRST}", RUNS, "/healthz", f"{RUNS}/{FIRST}/checkpoints/50/download"):
         answer = app.ask(path, headers={"If-None-Match": before.headers["etag"]})
         assert (answer.status, answer.headers["content-type"]) == (503, "application/problem+json")
-        assert answer.headers["retry-after"] == "5" and answer.json["store"] == "MongoDB" and "mongodb://" in answer.json["uri"]
+        assert (
+            answer.headers["retry-after"] == "5"
+            and answer.json["store"] == "MongoDB"
+            and "mongodb://" in answer.json["uri"]
+        )
     server.start()
     wait_for(lambda: app.ask("/healthz").status == 200, "the database's return")
     after = app.ask(f"{RUNS}/{FIRST}", headers={"If-None-Match": before.headers["etag"]})
