@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from sb3_mlflow_ckpt.errors import ConfigError
 from sb3_mlflow_ckpt.redaction import redact
 
 _OBJECT_STORE_BYTES = 100 * 2**20
+_KNOCK_SECONDS = 5.0
 
 
 @contextmanager
@@ -47,8 +49,9 @@ def ray_session(address: str | None, num_cpus: int | None = None) -> Iterator[No
                 logging_level=logging.WARNING,
             )
         else:
+            _knock(address)
             ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         cause = " ".join(redact(str(error)).split())[:300]
         hint = "Start one with: ray start --head, or leave --address out"
         raise ConfigError("address", f"no Ray answers: {cause}", hint=hint) from error
@@ -58,3 +61,10 @@ def ray_session(address: str | None, num_cpus: int | None = None) -> Iterator[No
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise an OSError where nobody listens: Ray itself would try for many minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), _KNOCK_SECONDS).close()

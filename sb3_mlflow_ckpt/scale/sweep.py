@@ -83,19 +83,14 @@ def run_sweep(
     _check_algorithm(sweep)
     storage = Path(sweep.storage_path).expanduser().absolute()
     folder = _newest(storage, sweep) if resume else SweepFolder(storage, _new_id(sweep.name))
-    folder.path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.lock, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ConfigError(
-            "resume", f"the sweep {folder.sweep_id} is under way", hint="Wait for it, or stop it"
-        ) from error
-    try:
-        with ray_session(address):
-            return _run(sweep, folder, starting, tell, ending)
-    finally:
-        lock.release()
+    with ray_session(address):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(folder.lock, timeout=0):
+                return _run(sweep, folder, starting, tell, ending)
+        except Timeout as error:
+            problem = f"the sweep {folder.sweep_id} is under way"
+            raise ConfigError("resume", problem, hint="Wait for its end, or stop it") from error
 
 
 def _run(

@@ -23,7 +23,18 @@ _THE_SWEEPS_OWN = {
 }
 # What is sampled is a setting, or a key of one of these.
 _MAPPINGS = ("hyperparameters", "env_kwargs")
-_PERTURBED_WHOLE = ("n_envs", "frame_stack", "hyperparameters.n_steps", "hyperparameters.buffer_size")
+# Of these a training keeps what it began with.
+_PERTURBED_NEVER = (
+    "n_envs",
+    "frame_stack",
+    "env_kwargs",
+    "env_wrappers",
+    "env_id",
+    "algo",
+    "policy",
+    "hyperparameters",
+)
+_PERTURBED_NEVER_KEYS = ("hyperparameters.n_steps", "hyperparameters.buffer_size", "hyperparameters.policy_kwargs")
 
 
 class Resources(BaseModel):
@@ -169,7 +180,7 @@ def _check_search(sweep: SweepConfig, source: str) -> None:
         name, _, inner = key.partition(".")
         if name in _THE_SWEEPS_OWN:
             raise ConfigError(f"search.{key}", "is not searched over", source, _THE_SWEEPS_OWN[name].capitalize())
-        if name not in TrainingConfig.model_fields or bool(inner) != (name in _MAPPINGS):
+        if name not in TrainingConfig.model_fields or (inner and name not in _MAPPINGS):
             known = [*TrainingConfig.model_fields, *(f"{mapping}.name" for mapping in _MAPPINGS)]
             hint = nearest(key[:80], known) or "An argument of the algorithm is hyperparameters.<name>"
             raise ConfigError(f"search.{key}", "is not a setting", source, hint)
@@ -190,7 +201,7 @@ def _check_population(sweep: SweepConfig, source: str) -> None:
             "search", "gives pbt nothing to perturb", source, "Add, say, learning_rate: {loguniform: ...}"
         )
     for key in perturbed:
-        if key in _PERTURBED_WHOLE or key.startswith("env_kwargs."):
+        if key in (*_PERTURBED_NEVER, *_PERTURBED_NEVER_KEYS) or key.startswith("env_kwargs."):
             hint = f"Set it under 'training:', or write {key}: {{grid: [...]}}"
             raise ConfigError(f"search.{key}", "cannot change within a training, as pbt would have it", source, hint)
     grid = 1

@@ -1,0 +1,257 @@
+"""Sweeps on Ray Tune, as a user runs them: to their end, killed and resumed, with clones, and refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from processes import environment, trainer
+from sweeps import MOMENTS, kill_and_resume, records, restarted, run_sweep, words, write_sweep
+
+from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, load_checkpoint, prune_checkpoints, verify_checkpoint
+from sb3_mlflow_ckpt.errors import ConfigError
+from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.scale.search_space import Distribution
+from sb3_mlflow_ckpt.scale.sweep_config import build_sweep
+from sb3_mlflow_ckpt.scale.trial_start import EXPLOIT, trial_start
+
+pytest.importorskip("ray.tune", reason="the extra [ray] is not installed")
+
+
+def test_two_seeds_and_two_values_are_four_nested_runs_a_table_and_a_plot(tmp_path: Path) -> None:
+    tracking_uri = f"sqlite:///{tmp_path}/mlflow.db"
+    file = write_sweep(
+        tmp_path,
+        training={"total_timesteps": 1000, "mlflow": True, "tracking_uri": tracking_uri, "keep_last_n_checkpoints": 1},
+        seeds=[0, 1],
+        search={"learning_rate": {"grid": [0.001, 0.0003]}},
+        report_interval_timesteps=500,
+    )
+    done = run_sweep(file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    trials = records(tmp_path)
+    values = [(r["config"]["seed"], r["config"]["learning_rate"], r["status"]) for r in trials.values()]
+    assert sorted(values) == [(seed, rate, "completed") for seed in (0, 1) for rate in (0.0003, 0.001)]
+
+    client = MlflowClient(tracking_uri)
+    runs = client.search_runs(["0"])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    nested = [run for run in runs if run is not parent]
+    assert {run.data.tags["mlflow.parentRunId"] for run in nested} == {parent.info.run_id} and len(nested) == 4
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert parent.info.end_time >= max(run.info.end_time for run in nested)
+    assert {run.data.tags["sb3_mlflow_ckpt.run_id"] for run in nested} == {r["run_id"] for r in trials.values()}
+    assert {a.path for a in client.list_artifacts(parent.info.run_id)} == {"curves.png", "trials.json"}
+
+    (plot,) = tmp_path.glob("sweeps/*/curves.png")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert all(record["run_id"] in done.stdout for record in trials.values())
+    command = re.search(r"^Resume with: (.*)$", done.stdout, re.MULTILINE)
+    assert command is not None
+    best = subprocess.run(
+        [sys.executable, *shlex.split(command[1])[1:], "--total-timesteps", "1100", "--mlflow", "false"],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert best.returncode == 0, best.stderr
+
+
+def test_a_sweep_whose_driver_was_killed_goes_on_from_its_checkpoints_even_if_tune_knows_of_none(
+    tmp_path: Path,
+) -> None:
+    moment = next(iter(MOMENTS))
+    before, after, _ = kill_and_resume(tmp_path, moment, seeds=[0], training={"total_timesteps": 6000})
+    assert sum(map(bool, before.values())) >= 2
+    assert restarted(before, after) == {}
+    assert {record["status"] for record in records(tmp_path).values()} == {"completed"}
+    assert all(record["resume"] == {"exact": True, "reason": None} for record in records(tmp_path).values())
+
+
+def test_a_population_clones_exactly_and_its_lineage_says_what_was_perturbed(tmp_path: Path) -> None:
+    # A learning rate of 0 keeps each member's weights as they are, so that a clone's are its donor's for good.
+    names = ("gamma", "gae_lambda", "ent_coef", "vf_coef", "clip_range", "max_grad_norm")
+    file = write_sweep(
+        tmp_path,
+        training={"total_timesteps": 4096, "learning_rate": 0, "keep_last_n_checkpoints": 1},
+        seeds=[0, 1],
+        search={f"hyperparameters.{name}": {"uniform": [0.1, 0.9]} for name in names},
+        scheduler="pbt",
+        pbt={"perturbation_interval": 1024, "quantile_fraction": 0.5, "resample_probability": 0.5},
+        report_interval_timesteps=512,
+    )
+    done = run_sweep(file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [step for record in records(tmp_path).values() for step in record["sweep"]["lineage"]]
+    done_by = {change["by"] for step in steps for change in step["perturbed"].values()}
+    assert steps and "resample" in done_by and done_by & {"* 0.8", "* 1.2"}, done_by
+    assert all(
+        change["from"] != change["to"] for s in steps for change in s["perturbed"].values() if change["by"] != "kept"
+    )
+
+    kept = {verify_checkpoint(path).files[0].sha256: path for path in tmp_path.glob("sweeps/*/run_trial_*/*/ep*.zip")}
+    for record in records(tmp_path).values():
+        facts = record["sweep"]
+        assert facts["generation"] == len(facts["lineage"]) and record["status"] == "completed"
+        if facts["donor"] is None:
+            continue
+        donor = kept[facts["donor"]["sha256"]]
+        assert verify_checkpoint(donor).run_id == facts["donor"]["run_id"]
+        folder = RunFolder(tmp_path / "checkpoints", record["agent_id"], record["run_id"])
+        clone = latest_checkpoint(folder.checkpoint_dir, folder.run_id)
+        assert clone is not None and verify_checkpoint(clone).extra_state["sweep"] == facts
+        _same_weights(clone, donor)
+        for name, value in facts["hyperparameters"].items():
+            section, _, key = name.partition(".")
+            assert (record["config"][section][key] if key else record["config"][section]) == value
+
+
+def _same_weights(one: Path, other: Path) -> None:
+    first, second = (load_checkpoint(path).model.policy.state_dict() for path in (one, other))
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[key].numpy(), second[key].numpy()) for key in first)
+
+
+def _trained(folder: Path, run_id: str, rate: float, seed: int) -> Path:
+    flags = ["--total-timesteps", 128, "--learning-rate", rate, "--hyperparameters", "{n_steps: 64, batch_size: 64}"]
+    done = trainer(*flags, "--run-id", run_id, "--seed", seed, "--mlflow", "false", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    found = latest_checkpoint(folder / "checkpoints", run_id)
+    assert found is not None
+    return found
+
+
+def test_a_clone_learns_with_its_own_rate_from_the_first_update(tmp_path: Path) -> None:
+    donor = _trained(tmp_path, "donor", 0.001, seed=1)
+    folder = RunFolder(tmp_path / "checkpoints", "ppo_agent", "clone")
+    _trained(tmp_path, "clone", 0.5, seed=2)
+    space = {"learning_rate": Distribution("loguniform", (1e-5, 1.0))}
+    config: dict[str, Any] = {"learning_rate": 0.0, EXPLOIT: "one"}
+    start = trial_start(folder, config, donor, space)
+    assert start.checkpoint == donor and start.generation == 1
+    assert start.donor is not None and start.donor["run_id"] == "donor"
+    sweep = build_sweep({"training": {"total_timesteps": 192, "mlflow": False}}, "sweep.yaml")
+    training = sweep.trial_config(
+        start.hyperparameters,
+        run_id="clone",
+        checkpoint_dir=str(tmp_path / "checkpoints"),
+        resume_from_checkpoint=str(start.checkpoint),
+    )
+    from sb3_mlflow_ckpt.trainer import SweepPlace, train
+
+    facts = {"id": "s", "trial": "0", **start.facts()}
+    result = train(training, sweep=SweepPlace(facts))
+    assert result.num_timesteps == 192 and result.checkpoint is not None
+    # With the donor's rate, an update would have changed them.
+    _same_weights(result.checkpoint, donor)
+    # The same clone is not taken up twice; what it has saved since is the newest.
+    again = trial_start(folder, config, donor, space)
+    assert again.checkpoint == result.checkpoint and again.generation == 1
+    # Nor does a snapshot from before the exploit bring the trial back behind it.
+    assert trial_start(folder, {"learning_rate": 0.5}, None, space).hyperparameters == {"learning_rate": 0.0}
+
+
+def test_what_was_reported_is_whole_after_retention_has_removed_it_from_the_run(tmp_path: Path) -> None:
+    from sb3_mlflow_ckpt.scale.tune_reports import staged
+
+    reported = _trained(tmp_path, "donor", 0.001, seed=1)
+    with staged(reported) as (folder, metadata):
+        # The next checkpoint of a run that keeps one takes its place.
+        newer = trainer(
+            *("--resume-from-checkpoint", reported, "--run-id", "donor", "--total-timesteps", 640),
+            *("--keep-last-n-checkpoints", 1, "--mlflow", "false"), cwd=tmp_path,
+        )  # fmt: skip
+        assert newer.returncode == 0, newer.stderr
+        prune_checkpoints(tmp_path / "checkpoints", "donor", keep_last_n=1)
+        assert not reported.exists()
+        assert verify_checkpoint(folder / reported.name) == metadata
+    assert not folder.exists()
+
+
+def test_a_trial_that_asha_stops_is_killed_and_one_that_raises_has_failed(tmp_path: Path) -> None:
+    tracking_uri = f"sqlite:///{tmp_path}/mlflow.db"
+    # One after the other: the second is worse than the first at the first rung.
+    better, worse, broken = {"length": 20}, {"length": 10}, {"length": 10, "fails_at": 300}
+    file = write_sweep(
+        tmp_path,
+        training={
+            "env_id": "toy_environments:FixedLength-v0", "total_timesteps": 2048, "mlflow": True,
+            "tracking_uri": tracking_uri,
+        },
+        search={"env_kwargs": {"grid": [better, worse, broken]}},
+        concurrency=1,
+        scheduler="asha",
+        asha={"grace_period": 512, "reduction_factor": 2},
+        report_interval_timesteps=256,
+        max_failures=0,
+    )  # fmt: skip
+    done = run_sweep(file)
+    assert done.returncode == 1, done.stdout + done.stderr
+    runs = MlflowClient(tracking_uri).search_runs(["0"])
+    trials = records(tmp_path)
+    how = {"completed": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
+    by_id = {run.data.tags.get("sb3_mlflow_ckpt.run_id"): run for run in runs}
+    for record in trials.values():
+        assert by_id[record["run_id"]].info.status == how[record["status"]]
+    assert [record["status"] for record in trials.values()] == ["completed", "interrupted", "failed"]
+    assert trials["00002"]["error"]["message"] == "the simulator broke"
+    assert by_id[None].info.status == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sheduler": "pbt"}, "sheduler: is not a key of a sweep (from s.yaml). Did you mean 'scheduler'?"),
+        ({"n_envs": 2}, "n_envs: is not a key of a sweep (from s.yaml). It goes under 'training:'"),
+        ({"scheduler": "pbx"}, "scheduler: 'pbx' is not one of fifo, asha, pbt (from s.yaml). Did you mean 'pbt'?"),
+        ({"training": {"n_envz": 2}}, "n_envz: is not a setting (from s.yaml, training). Did you mean 'n_envs'?"),
+        ({"training": {"seed": 2}}, "training.seed: is no setting of a sweep (from s.yaml). List them under 'seeds:'"),
+        (
+            {"search": {"learning_rate": {"loguniform": [1, 0.1]}}},
+            "search.learning_rate: loguniform needs a lower and then a higher number, not 1 and 0.1 (from s.yaml)",
+        ),
+        (
+            {"search": {"n_envs": {"choice": [0]}}},
+            "n_envs: 0 is not valid: input should be greater than or equal to 1 (from s.yaml, search)",
+        ),
+        ({"seeds": [1, 1]}, "seeds: [1, 1] names a seed twice (from s.yaml). Name each once"),
+        ({"name": "../x"}, "name: '../x' holds a character that separates or is reserved in paths"),
+        ({"storage_path": "s3://b/x"}, "storage_path: 's3://b/x' is an address (from s.yaml). Give a folder"),
+        (
+            {"scheduler": "pbt", "samples": 4, "search": {"n_envs": {"choice": [1, 2]}}},
+            "search.n_envs: cannot change within a training, as pbt would have it (from s.yaml)",
+        ),
+        (
+            {"scheduler": "pbt", "search": {"learning_rate": {"uniform": [0.1, 0.2]}}},
+            "samples: 1 makes a population of one (from s.yaml). Give pbt at least 2",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, str) else json.dumps(value),
+)
+def test_a_sweep_that_cannot_be_used_is_refused_with_its_cause(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        build_sweep(values, "s.yaml")
+    assert str(refused.value).startswith(message)
+
+
+def test_a_wrong_sweep_yaml_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text("seeds: 3\n")
+    done = subprocess.run(
+        words(tmp_path / "sweep.yaml"), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "Error: seeds: '3' is not valid: input should be a valid list (from sweep.yaml)\n"
+
+
+def test_a_perturbation_stays_within_the_bounds_of_its_search_space() -> None:
+    gamma = Distribution("uniform", (0.9, 0.999))
+    assert gamma.within(0.99 * 1.2) == 0.999
+    assert gamma.operation(0.99, 0.999) == "* 1.2"
+    assert gamma.operation(0.99, 0.95) == "resample"
+    assert Distribution("choice", (1, 2, 3)).operation(1, 2) == "shift"
