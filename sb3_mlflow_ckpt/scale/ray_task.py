@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
 
 from sb3_mlflow_ckpt.scale.fate_sharing import SharedFate, path_of_this_python
 
 FINAL_EXIT_CODES = (0, 2)
 """Trained, and a wrong setting: starting it again would change nothing."""
+_STEP_SECONDS = 0.5
 RESUME_VARIABLE = "SB3_MLFLOW_CKPT_RESUME_OWN_RUN"
 
 
@@ -42,7 +45,7 @@ def run_command(command: str, cwd: str | None, grace_seconds: float) -> int:
     env.setdefault(RESUME_VARIABLE, "true")
     trainer = SharedFate(command, cwd, env)
     try:
-        code = trainer.wait()
+        code = _ended(trainer)
     except BaseException:
         # Ray cancels a task by raising KeyboardInterrupt in it.
         trainer.stop(grace_seconds)
@@ -51,3 +54,10 @@ def run_command(command: str, cwd: str | None, grace_seconds: float) -> int:
     if code not in FINAL_EXIT_CODES:
         raise TrainerDied(code)
     return code
+
+
+def _ended(trainer: SharedFate) -> int:
+    # In steps: what Ray raises in this thread is heard between them, not within a call that waits in the system.
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return trainer.wait(_STEP_SECONDS)

@@ -1,0 +1,198 @@
+"""`mlflow run --backend ray`: on a cluster of two nodes that share no disk, one of which goes; and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+from mlflow_server import MlflowServer
+from processes import environment, script, wait_for
+
+from sb3_mlflow_ckpt.journal import read_record
+from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.ledger import committed_episodes
+from sb3_mlflow_ckpt.runs.folder import read_ledger
+
+ray = pytest.importorskip("ray", reason="NOT TESTED: the extra [ray] is not installed")
+
+from sb3_mlflow_ckpt.scale.ray_backend import RayBackend, RayLaunchError  # noqa: E402
+from sb3_mlflow_ckpt.scale.ray_settings import RaySettings  # noqa: E402
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "scale-out.md"
+PROJECT = """
+name: cartpole
+entry_points:
+  main:
+    parameters:
+      total_timesteps: {type: string, default: "1000"}
+    command: >-
+      python -m sb3_mlflow_ckpt.trainer --total-timesteps {total_timesteps} --checkpoint-interval-episodes 5
+      --keep-last-n-checkpoints 0 --device cpu --seed 1
+"""
+_HIDDEN = "SB3_MLFLOW_CKPT_CHECKPOINT_DIR"
+
+
+class TwoNodes:
+    """A cluster: a head that trains nothing, and two nodes with a checkpoint folder each."""
+
+    def __init__(self, folder: Path) -> None:
+        from ray.cluster_utils import Cluster
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        memory = {"object_store_memory": 100 * 2**20}
+        head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port, **memory}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.address = f"http://127.0.0.1:{port}"
+        self.folders = {name: folder / name for name in ("one", "other")}
+        self._nodes = {
+            name: self._cluster.add_node(num_cpus=1, env_vars={_HIDDEN: str(path)}, **memory)
+            for name, path in self.folders.items()
+        }
+
+    def kill(self, name: str) -> None:
+        """Take a node away, as a power cut does."""
+        self._cluster.remove_node(self._nodes.pop(name), allow_graceful=False)
+
+    def shutdown(self) -> None:
+        self._cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
+    server.start()
+    yield server.uri
+    server.stop()
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The environment of whoever types `mlflow run`, and a project."""
+    for name, value in environment(RAY_USAGE_STATS_ENABLED="0", MLFLOW_TRACKING_URI=tracking).items():
+        monkeypatch.setenv(name, value)
+    for name in ("RAY_ADDRESS", "MLFLOW_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "MLproject").write_text(PROJECT)
+    return project
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, settings: Path) -> Iterator[TwoNodes]:
+    nodes = TwoNodes(tmp_path)
+    yield nodes
+    nodes.shutdown()
+
+
+def submit(project: Path, address: str, /, **given: Any) -> Any:
+    config = {"address": address, "ENV_MANAGER": "local", "SYNCHRONOUS": False, **given}
+    steps = {"total_timesteps": str(given.pop("total_timesteps", 40_000))}
+    config.pop("total_timesteps", None)
+    return RayBackend().run(str(project), "main", steps, None, config, os.environ["MLFLOW_TRACKING_URI"], "0")
+
+
+def sent(client: MlflowClient, run_id: str) -> list[int]:
+    names = (file.path.rpartition("/")[2] for file in client.list_artifacts(run_id, "checkpoints"))
+    return sorted(int(name[2:8]) for name in names if name.endswith("_metadata.json"))
+
+
+def test_a_node_is_lost_and_the_run_goes_on_at_the_other_from_mlflow(
+    settings: Path, cluster: TwoNodes, tracking: str
+) -> None:
+    client = MlflowClient(tracking)
+    submitted = submit(settings, cluster.address)
+    run_id = submitted.run_id
+    wait_for(lambda: len(sent(client, run_id)) >= 3, "checkpoints in MLflow")
+    [lost] = [name for name, folder in cluster.folders.items() if folder.exists()]
+    [other] = set(cluster.folders) - {lost}
+    before = RunFolder(cluster.folders[lost], "ppo_agent", run_id)
+    trainer = psutil.Process(read_record(before)["pid"])
+    cluster.kill(lost)
+    wait_for(lambda: not trainer.is_running() or trainer.status() == "zombie", "the end of the node's trainer")
+    left = committed_episodes(before)
+    assert submitted.wait()
+    # Nothing was written beside the replacement.
+    assert committed_episodes(before) == left
+    after = RunFolder(cluster.folders[other], "ppo_agent", run_id)
+    record = read_record(after)
+    first = min(read_ledger(after).saved)
+    assert 0 < first - 5 <= max(left), "it went on from a checkpoint of the lost node, and not from zero"
+    assert (record["status"], record["attempt"], record["progress"]["num_timesteps"] >= 40_000) == ("completed", 2, True)
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert [r.info.run_id for r in client.search_runs(["0"]) if r.info.run_id == run_id] == [run_id]
+    assert set(sent(client, run_id)) >= set(read_ledger(after).saved)
+
+
+def test_a_trainer_that_is_killed_is_started_again_and_one_that_is_cancelled_saves_first(
+    settings: Path, cluster: TwoNodes, tracking: str
+) -> None:
+    client = MlflowClient(tracking)
+    submitted = submit(settings, cluster.address, total_timesteps=10_000_000)
+    run_id = submitted.run_id
+
+    def folders() -> list[RunFolder]:
+        return [RunFolder(f, "ppo_agent", run_id) for f in cluster.folders.values() if (f / "ppo_agent" / run_id / "run.json").exists()]
+
+    wait_for(lambda: len(sent(client, run_id)) >= 2, "checkpoints in MLflow")
+    [folder] = folders()
+    os.kill(read_record(folder)["pid"], signal.SIGKILL)
+    wait_for(lambda: any(read_record(f).get("attempt") == 2 for f in folders()), "the second attempt")
+    [second] = [f for f in folders() if read_record(f).get("attempt") == 2]
+    count = len(read_ledger(second).saved)
+    wait_for(lambda: len(read_ledger(second).saved) > count, "a further checkpoint")
+    assert submitted.get_status() == "RUNNING"
+    submitted.cancel()
+    assert submitted.get_status() == "KILLED"
+    record = read_record(second)
+    assert record["status"] == "interrupted"
+    newest = [*read_ledger(second).saved.values()][-1]
+    assert (newest["trigger"], newest["num_timesteps"]) == ("signal", record["progress"]["num_timesteps"])
+    assert client.get_run(run_id).info.status == "KILLED"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"address": "http://127.0.0.1:9"}, "No Ray cluster answers at http://127.0.0.1:9: .*ray start --head"),
+        ({"address": "head:8265"}, "is not the address of a Ray dashboard"),
+        ({"max_retry": 3}, "max_retry: is not a key .*max_retries"),
+        ({"max_retries": "many"}, "max_retries: 'many' is not valid"),
+        ({"num_cpus": True}, "num_cpus: True is not valid: a number|num_cpus: True is not valid: not a number"),
+        ({"ENV_MANAGER": "conda"}, "env_manager: 'conda' is not possible on Ray.*--env-manager local"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_cannot_be_is_told_in_one_line(settings: Path, given: dict[str, Any], told: str) -> None:
+    with pytest.raises(RayLaunchError, match=told) as raised:
+        submit(settings, "http://127.0.0.1:9", **given)
+    assert "\n" not in str(raised.value)
+
+
+def test_without_ray_it_says_what_to_install(settings: Path, tmp_path: Path) -> None:
+    (tmp_path / "ray.py").write_text("raise ImportError('No module named ray')")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from sb3_mlflow_ckpt.scale.ray_backend import RayBackend\n"
+        f"RayBackend().run({str(settings)!r}, 'main', {{}}, None, {{'address': 'http://127.0.0.1:9'}}, '', '0')\n"
+    )
+    done = script(code, tmp_path, environment())
+    assert done.returncode == 1
+    assert "pip install 'sb3-mlflow-ckpt[ray]'" in done.stderr.splitlines()[-1]
+
+
+def test_the_document_has_every_key_with_its_default() -> None:
+    rows = [line.split("|")[1:3] for line in DOCUMENT.read_text().splitlines() if line.startswith("| `")]
+    told = {name.strip().strip("`"): default.strip() for name, default in rows}
+    for name, field in RaySettings.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        assert told[name] == ("unset" if default in (None, {}) else f"`{default}`"), name
