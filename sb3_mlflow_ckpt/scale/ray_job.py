@@ -10,15 +10,18 @@ import os
 import signal
 import sys
 import threading
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from sb3_mlflow_ckpt.printable import printable
-from sb3_mlflow_ckpt.scale.ray_task import TrainerDied, run_command
+from sb3_mlflow_ckpt.scale.ray_task import STOPPED, StopFlag, TrainerDied, run_command
 
 VARIABLE = "_SB3_MLFLOW_CKPT_RAY_JOB"
 _POLL_SECONDS = 0.5
-_FAILED, _CANCELLED = 1, 128 + signal.SIGTERM
+# Beyond the grace period: until the task has heard of it, and told how it ended.
+_ANSWER_SECONDS = 10.0
+_FAILED = 1
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class RayJob:
 def main() -> int:
     """Run the job of the environment; return its exit code."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     job = RayJob(**json.loads(os.environ[VARIABLE]))
     ray.init()
@@ -64,26 +68,30 @@ def main() -> int:
         num_gpus=job.num_gpus,
         resources=job.resources,
     )
-    code = _outcome(task.remote(job.command, job.cwd, job.grace_seconds), stopped)
+    # Here, on the head: any other node may go.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    flag = ray.remote(StopFlag).options(num_cpus=0, scheduling_strategy=here).remote()
+    result = task.remote(job.command, job.cwd, job.grace_seconds, flag)
+    code = _outcome(result, stopped, flag, job.grace_seconds)
     end_mlflow_run("FINISHED" if code == 0 else "KILLED" if stopped.is_set() else "FAILED")
     return code
 
 
-def _outcome(result: Any, stopped: threading.Event) -> int:
-    """Wait for the task, and cancel it when the job is stopped; return the trainer's exit code."""
+def _outcome(result: Any, stopped: threading.Event, flag: Any, grace_seconds: float) -> int:
+    """Wait for the task, and have it end the trainer when the job is stopped; return the trainer's exit code."""
     import ray
-    from ray.exceptions import RayError, TaskCancelledError
+    from ray.exceptions import RayError
 
-    cancelled = False
+    deadline: float | None = None
     while not ray.wait([result], timeout=_POLL_SECONDS)[0]:
-        if stopped.is_set() and not cancelled:
-            cancelled = True
+        if stopped.is_set() and deadline is None:
+            deadline = time.monotonic() + grace_seconds + _ANSWER_SECONDS
             print("The job is stopped: the trainer saves a last checkpoint", flush=True)
-            ray.cancel(result)
+            flag.hoist.remote()
+        if deadline is not None and time.monotonic() > deadline:
+            return STOPPED  # It waits for a node, say, and trains nothing.
     try:
         return int(ray.get(result))
-    except TaskCancelledError:
-        return _CANCELLED
     except TrainerDied as error:
         print(f"{error}; no retry is left", flush=True)
         return error.code

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
+from typing import Any
 
 from sb3_mlflow_ckpt.scale.fate_sharing import SharedFate, path_of_this_python
 
 FINAL_EXIT_CODES = (0, 2)
 """Trained, and a wrong setting: starting it again would change nothing."""
+STOPPED = 128 + signal.SIGTERM
+"""The exit code of a job that was stopped."""
 _STEP_SECONDS = 0.5
+_ANSWER_SECONDS = 5.0
 RESUME_VARIABLE = "SB3_MLFLOW_CKPT_RESUME_OWN_RUN"
 
 
@@ -30,24 +35,48 @@ class TrainerDied(Exception):
         return TrainerDied, (self.code,)
 
 
-def run_command(command: str, cwd: str | None, grace_seconds: float) -> int:
+class StopFlag:
+    """Tells a task that its job is stopped: an actor beside the driver.
+
+    Ray's own cancel gives the driver its answer before the task has ended, and the trainer no time to save.
+    """
+
+    def __init__(self) -> None:
+        self._raised = False
+
+    def hoist(self) -> None:
+        """Stop the job."""
+        self._raised = True
+
+    def is_raised(self) -> bool:
+        """Return whether the job is stopped."""
+        return self._raised
+
+
+def run_command(command: str, cwd: str | None, grace_seconds: float, flag: Any) -> int:
     """Run a command to its end, which goes on from what its run has reached; return its exit code if that is final.
 
     Args:
         command: What `bash -c` is given.
         cwd: Where it runs; this process's own folder where it is None.
-        grace_seconds: How long it may take to end when the task is cancelled.
+        grace_seconds: How long it may take to end when the job is stopped.
+        flag: A handle of a `StopFlag`.
 
     Raises:
         TrainerDied: It ended otherwise.
     """
+    if _is_raised(flag):
+        return STOPPED
     env = {**os.environ, "PATH": path_of_this_python(os.environ)}
     env.setdefault(RESUME_VARIABLE, "true")
     trainer = SharedFate(command, cwd, env)
     try:
-        code = _ended(trainer)
+        while (code := _exit_code(trainer)) is None:
+            if _is_raised(flag):
+                trainer.stop(grace_seconds)
+                return STOPPED
     except BaseException:
-        # Ray cancels a task by raising KeyboardInterrupt in it.
+        # Somebody cancels the task itself, say: Ray raises KeyboardInterrupt in it.
         trainer.stop(grace_seconds)
         raise
     trainer.kill()
@@ -56,8 +85,19 @@ def run_command(command: str, cwd: str | None, grace_seconds: float) -> int:
     return code
 
 
-def _ended(trainer: SharedFate) -> int:
+def _exit_code(trainer: SharedFate) -> int | None:
     # In steps: what Ray raises in this thread is heard between them, not within a call that waits in the system.
-    while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return trainer.wait(_STEP_SECONDS)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return trainer.wait(_STEP_SECONDS)
+    return None
+
+
+def _is_raised(flag: Any) -> bool:
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        return bool(ray.get(flag.is_raised.remote(), timeout=_ANSWER_SECONDS))
+    except RayError:
+        # The head is slow, or gone; with it this process goes, too.
+        return False
