@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from mlflow_server import MlflowServer
 from servers import MongoServer, SilentServer, real_mongo_uri
 
@@ -86,3 +87,13 @@ def mlflow_server(tmp_path: Path) -> Iterator[MlflowServer]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def only_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Has no other module's Ray run at the same time: on one machine, nodes of two clusters take each other's jobs."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with FileLock(shared / "ray.lock"):
+        yield

@@ -25,6 +25,8 @@ ray = pytest.importorskip("ray", reason="NOT TESTED: the extra [ray] is not inst
 from sb3_mlflow_ckpt.scale.ray_backend import RayBackend, RayLaunchError  # noqa: E402
 from sb3_mlflow_ckpt.scale.ray_settings import RaySettings  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("only_ray")
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "scale-out.md"
 PROJECT = """
 name: cartpole
@@ -39,21 +41,30 @@ entry_points:
 _HIDDEN = "SB3_MLFLOW_CKPT_CHECKPOINT_DIR"
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def agent() -> dict[str, int]:
+    """Return a port of a node's own for what submits jobs: all nodes are on one machine, and so may be other clusters."""
+    return {"dashboard_agent_listen_port": free_port()}
+
+
 class TwoNodes:
     """A cluster: a head that trains nothing, and two nodes with a checkpoint folder each."""
 
     def __init__(self, folder: Path) -> None:
         from ray.cluster_utils import Cluster
 
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = listener.getsockname()[1]
+        port = free_port()
         memory = {"object_store_memory": 100 * 2**20}
-        head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port, **memory}
+        head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port, **agent(), **memory}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.address = f"http://127.0.0.1:{port}"
         self.folders = {name: folder / name for name in ("one", "other")}
         self._nodes = {
-            name: self._cluster.add_node(num_cpus=1, env_vars={_HIDDEN: str(path)}, **memory)
+            name: self._cluster.add_node(num_cpus=1, env_vars={_HIDDEN: str(path)}, **agent(), **memory)
             for name, path in self.folders.items()
         }
 
@@ -87,7 +98,7 @@ def settings(tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, settings: Path) -> Iterator[TwoNodes]:
+def cluster(tmp_path: Path, settings: Path, only_ray: None) -> Iterator[TwoNodes]:
     nodes = TwoNodes(tmp_path)
     yield nodes
     nodes.shutdown()

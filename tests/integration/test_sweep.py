@@ -24,6 +24,7 @@ from sb3_mlflow_ckpt.scale.sweep_config import build_sweep
 from sb3_mlflow_ckpt.scale.trial_start import EXPLOIT, trial_start
 
 pytest.importorskip("ray.tune", reason="the extra [ray] is not installed")
+pytestmark = pytest.mark.usefixtures("only_ray")
 
 
 def test_two_seeds_and_two_values_are_four_nested_runs_a_table_and_a_plot(tmp_path: Path) -> None:
