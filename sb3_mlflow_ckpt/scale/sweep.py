@@ -87,7 +87,7 @@ def run_sweep(
         folder.path.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(folder.lock, timeout=0):
-                return _run(sweep, folder, starting, tell, ending)
+                return _run(sweep, folder, address is None, starting, tell, ending)
         except Timeout as error:
             problem = f"the sweep {folder.sweep_id} is under way"
             raise ConfigError("resume", problem, hint="Wait for its end, or stop it") from error
@@ -96,6 +96,7 @@ def run_sweep(
 def _run(
     sweep: SweepConfig,
     folder: SweepFolder,
+    one_machine: bool,
     starting: Callable[[TrialPlan], None],
     tell: Callable[[str], None],
     ending: Callable[[SweepResult], Mapping[str, Path]],
@@ -110,6 +111,7 @@ def _run(
             checkpoint_dir=str(Path(sweep.trial_config({}).checkpoint_dir).absolute()),
             tracking_uri=run.tracking_uri,
             mlflow_parent=run.run_id,
+            one_machine=one_machine,
         )
         record = {"id": folder.sweep_id, "name": sweep.name, "seed": seed, "mlflow_run_id": run.run_id}
         record["config"] = redact_all(sweep.model_dump(mode="json"))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sb3_mlflow_ckpt.errors import CheckpointError
 from sb3_mlflow_ckpt.journal import read_record
 from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.mirrors import naming
 from sb3_mlflow_ckpt.mirrors.patience import quick_requests
 from sb3_mlflow_ckpt.mirrors.tracked_run import run_of
 from sb3_mlflow_ckpt.reap import settle_run
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 # A process that Tune has told to end sends its last lines itself.
 _PATIENCE_SECONDS = 20.0
-_MLFLOW_STATUS = {"completed": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 
 
 class TrialCloser:
@@ -115,7 +115,7 @@ class TrialCloser:
             if folder.record.exists():
                 sync_runs(folder.checkpoint_dir, self._mirrors, run_id=folder.run_id, agent_id=folder.agent_id)
             if client.get_run(run.info.run_id).info.status == "RUNNING":
-                client.set_terminated(run.info.run_id, _MLFLOW_STATUS[status])
+                client.set_terminated(run.info.run_id, naming.STATUS[status])
 
 
 _closer: TrialCloser | None = None

@@ -19,9 +19,10 @@ from sweeps import MOMENTS, kill_and_resume, records, restarted, run_sweep, word
 from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, load_checkpoint, prune_checkpoints, verify_checkpoint
 from sb3_mlflow_ckpt.errors import ConfigError
 from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.resume import newest_of_run, resolve_checkpoint
 from sb3_mlflow_ckpt.scale.search_space import Distribution
 from sb3_mlflow_ckpt.scale.sweep_config import build_sweep
-from sb3_mlflow_ckpt.scale.trial_start import EXPLOIT, trial_start
+from sb3_mlflow_ckpt.scale.trial_start import EXPLOIT, TrialStart, trial_start
 
 pytest.importorskip("ray.tune", reason="the extra [ray] is not installed")
 pytestmark = pytest.mark.usefixtures("only_ray")
@@ -131,32 +132,35 @@ def _trained(folder: Path, run_id: str, rate: float, seed: int) -> Path:
 
 def test_a_clone_learns_with_its_own_rate_from_the_first_update(tmp_path: Path) -> None:
     donor = _trained(tmp_path, "donor", 0.001, seed=1)
-    folder = RunFolder(tmp_path / "checkpoints", "ppo_agent", "clone")
     _trained(tmp_path, "clone", 0.5, seed=2)
     space = {"learning_rate": Distribution("loguniform", (1e-5, 1.0))}
     config: dict[str, Any] = {"learning_rate": 0.0, EXPLOIT: "one"}
-    start = trial_start(folder, config, donor, space)
-    assert start.checkpoint == donor and start.generation == 1
+    def go_on(config: dict[str, Any], *handed: Path) -> TrialStart:
+        given = [resolve_checkpoint(str(path), checkpoint_dir=str(path.parent), agent_id="") for path in handed]
+        own = newest_of_run("clone", checkpoint_dir=str(tmp_path / "checkpoints"), tracked=False)
+        return trial_start("clone", config, own, *given or [None], space)
+
+    start = go_on(config, donor)
+    assert start.source is not None and start.source.path == donor and start.generation == 1
     assert start.donor is not None and start.donor["run_id"] == "donor"
     sweep = build_sweep({"training": {"total_timesteps": 192, "mlflow": False}}, "sweep.yaml")
     training = sweep.trial_config(
         start.hyperparameters,
         run_id="clone",
         checkpoint_dir=str(tmp_path / "checkpoints"),
-        resume_from_checkpoint=str(start.checkpoint),
     )
     from sb3_mlflow_ckpt.trainer import SweepPlace, train
 
     facts = {"id": "s", "trial": "0", **start.facts()}
-    result = train(training, sweep=SweepPlace(facts))
+    result = train(training, sweep=SweepPlace(facts, source=start.source))
     assert result.num_timesteps == 192 and result.checkpoint is not None
     # With the donor's rate, an update would have changed them.
     _same_weights(result.checkpoint, donor)
     # The same clone is not taken up twice; what it has saved since is the newest.
-    again = trial_start(folder, config, donor, space)
-    assert again.checkpoint == result.checkpoint and again.generation == 1
+    again = go_on(config, donor)
+    assert again.source is not None and again.source.path == result.checkpoint and again.generation == 1
     # Nor does a snapshot from before the exploit bring the trial back behind it.
-    assert trial_start(folder, {"learning_rate": 0.5}, None, space).hyperparameters == {"learning_rate": 0.0}
+    assert go_on({"learning_rate": 0.5}).hyperparameters == {"learning_rate": 0.0}
 
 
 def test_what_was_reported_is_whole_after_retention_has_removed_it_from_the_run(tmp_path: Path) -> None:
