@@ -127,9 +127,8 @@ def _own(plan: TrialPlan, folder: RunFolder, handed: ResumeSource | None) -> Res
         return find(tracked=known_as is not None, tracking_uri=plan.tracking_uri, mlflow_run_id=known_as)
     except (MirrorUnavailableError, CheckpointError) as error:
         here = find(tracked=False)
-        offline = isinstance(error, MirrorUnavailableError) and plan.sweep.trial_config({}).start_offline
-        if here is None and handed is None and not offline:
-            raise
+        if here is None and handed is None:
+            raise  # It may be far on, and must not begin anew.
         logger.warning("%s. The trial goes on from what is here", error)
         return here
 
