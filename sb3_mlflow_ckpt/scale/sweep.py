@@ -141,6 +141,8 @@ def _tuner(plan: TrialPlan, closer: TrialCloser, seed: int) -> Tuner:
 
     # Tune itself writes it seldom; what it does not know is made good by the trials.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", _SNAPSHOT_SECONDS)
+    # It would ask for fewer reports, since it writes its snapshot for each that takes another's place.
+    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     sweep, folder = plan.sweep, plan.folder
     callback = noting(closer)
     resources = {"cpu": sweep.resources.cpu, "gpu": sweep.resources.gpu}
@@ -164,7 +166,7 @@ def _tuner(plan: TrialPlan, closer: TrialCloser, seed: int) -> Tuner:
         run_config=tune.RunConfig(
             name=folder.sweep_id,
             storage_path=str(folder.storage_path),
-            # A clone that waits for its turn reads what its donor reported long ago, and Tune would have removed it.
+            # A clone that waits for its turn reads what its donor reported long ago: see `tune_copies`.
             checkpoint_config=tune.CheckpointConfig(
                 num_to_keep=None if sweep.scheduler == "pbt" else _TUNE_CHECKPOINTS
             ),
@@ -189,7 +191,7 @@ def _scheduler(sweep: SweepConfig) -> Any:
         perturbed = {key: d for key, d in sweep.space.items() if d.kind != "grid"}
         return PopulationBasedTraining(
             time_attr="num_timesteps",
-            perturbation_interval=sweep.pbt.perturbation_interval or 2 * sweep.report_interval_timesteps,
+            perturbation_interval=sweep.perturbation_interval,
             hyperparam_mutations={key: distribution.mutation() for key, distribution in perturbed.items()},
             quantile_fraction=sweep.pbt.quantile_fraction,
             resample_probability=sweep.pbt.resample_probability,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,11 @@ from sb3_mlflow_ckpt.mirrors.tracked_run import run_of
 from sb3_mlflow_ckpt.reap import settle_run
 from sb3_mlflow_ckpt.redaction import redact
 from sb3_mlflow_ckpt.scale.trial import TrialPlan
+from sb3_mlflow_ckpt.scale.tune_copies import remove_copies
 from sb3_mlflow_ckpt.sync import MirrorAddresses, sync_runs
 
 if TYPE_CHECKING:
-    from ray.tune import Callback
+    from ray.tune import Callback, Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,12 @@ class TrialCloser:
             self.failed.add(run_id)
         self._tell(f"{run_id} ended" + (f" with an error: {error}" if error is not None else ""))
         self._work.submit(self._close, trial_id, "failed" if error is not None else "interrupted")
+
+    def saved(self, checkpoint: Checkpoint, trials: Sequence[Any]) -> None:
+        """Note a checkpoint that a trial has reported."""
+        sweep = self._plan.sweep
+        if sweep.scheduler == "pbt":
+            remove_copies(checkpoint, trials, -(-sweep.perturbation_interval // sweep.report_interval_timesteps) + 1)
 
     def known(self, trial_id: str, error: str | None) -> None:
         """Note a trial of a sweep that has ended, whatever became of it."""
@@ -144,6 +151,9 @@ def make_callback() -> Callback:
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             current().ended(trial.trial_id, _reason(trial))
+
+        def on_checkpoint(self, iteration: int, trials: list[Any], trial: Any, checkpoint: Any, **info: Any) -> None:
+            current().saved(checkpoint, trials)
 
         def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
             for trial in trials:

@@ -92,6 +92,11 @@ class SweepConfig(BaseModel):
     storage_path: str = Field("sweeps", min_length=1)
 
     @property
+    def perturbation_interval(self) -> int:
+        """Environment steps between two comparisons of a population."""
+        return self.pbt.perturbation_interval or 2 * self.report_interval_timesteps
+
+    @property
     def space(self) -> dict[str, Distribution]:
         """Where the values of each varied setting come from."""
         return {key: Distribution.parse(value) for key, value in self.search.items()}

@@ -81,7 +81,7 @@ def test_a_population_clones_exactly_and_its_lineage_says_what_was_perturbed(tmp
     names = ("gamma", "gae_lambda", "ent_coef", "vf_coef", "clip_range", "max_grad_norm")
     file = write_sweep(
         tmp_path,
-        training={"total_timesteps": 4096, "learning_rate": 0, "keep_last_n_checkpoints": 1},
+        training={"total_timesteps": 4096, "learning_rate": 0, "keep_last_n_checkpoints": 0},
         seeds=[0, 1],
         search={f"hyperparameters.{name}": {"uniform": [0.1, 0.9]} for name in names},
         scheduler="pbt",
@@ -98,7 +98,11 @@ def test_a_population_clones_exactly_and_its_lineage_says_what_was_perturbed(tmp
         change["from"] != change["to"] for s in steps for change in s["perturbed"].values() if change["by"] != "kept"
     )
 
-    kept = {verify_checkpoint(path).files[0].sha256: path for path in tmp_path.glob("sweeps/*/run_trial_*/*/ep*.zip")}
+    for trial in tmp_path.glob("sweeps/*/run_trial_*"):
+        # Of eight reports: what has been compared last and since, and what another went on from.
+        assert 1 <= len([*trial.glob("checkpoint_*")]) <= 4
+
+    kept = {verify_checkpoint(path).files[0].sha256: path for path in tmp_path.glob("checkpoints/*/*/ep*.zip")}
     for record in records(tmp_path).values():
         facts = record["sweep"]
         assert facts["generation"] == len(facts["lineage"]) and record["status"] == "completed"
