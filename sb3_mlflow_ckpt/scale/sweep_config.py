@@ -13,6 +13,7 @@ from sb3_mlflow_ckpt.errors import ConfigError, InvalidIdError
 from sb3_mlflow_ckpt.layout import check_id
 from sb3_mlflow_ckpt.scale.search_space import Distribution
 
+_FOLDER = "sweeps"
 # Each trial has its own, or the sweep decides it.
 _THE_SWEEPS_OWN = {
     "seed": "list them under 'seeds:'",
@@ -89,7 +90,12 @@ class SweepConfig(BaseModel):
     concurrency: Integer | None = Field(None, ge=1)
     resources: Resources = Resources()
     max_failures: Integer = Field(3, ge=-1)
-    storage_path: str = Field("sweeps", min_length=1)
+    storage_path: str = Field(_FOLDER, min_length=1)
+
+    @property
+    def folder(self) -> str:
+        """Where what this machine keeps of sweeps lies: the storage path, unless that is an address."""
+        return _FOLDER if "://" in self.storage_path else self.storage_path
 
     @property
     def perturbation_interval(self) -> int:
@@ -167,9 +173,6 @@ def _check(sweep: SweepConfig, source: str) -> None:
         check_id(sweep.name, "name")
     except InvalidIdError as error:
         raise ConfigError("name", str(error).removeprefix("name "), source) from error
-    if "://" in sweep.storage_path:
-        problem = f"{sweep.storage_path!r} is an address"
-        raise ConfigError("storage_path", problem, source, "Give a folder; on a cluster, one that all nodes share")
     if len(set(sweep.seeds)) < len(sweep.seeds):
         raise ConfigError("seeds", f"{sweep.seeds} names a seed twice", source, "Name each once")
     for key, remedy in _THE_SWEEPS_OWN.items():

@@ -36,9 +36,11 @@ def test_two_seeds_and_two_values_are_four_nested_runs_a_table_and_a_plot(tmp_pa
         seeds=[0, 1],
         search={"learning_rate": {"grid": [0.001, 0.0003]}},
         report_interval_timesteps=500,
+        storage_path=f"file://{tmp_path}/store",
     )
     done = run_sweep(file)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert len([*tmp_path.glob("store/*/run_trial_*/checkpoint_*/ep*.zip")]) >= 4
     trials = records(tmp_path)
     values = [(r["config"]["seed"], r["config"]["learning_rate"], r["status"]) for r in trials.values()]
     assert sorted(values) == [(seed, rate, "completed") for seed in (0, 1) for rate in (0.0003, 0.001)]
@@ -232,7 +234,6 @@ def test_a_trial_that_asha_stops_is_killed_and_one_that_raises_has_failed(tmp_pa
         ),
         ({"seeds": [1, 1]}, "seeds: [1, 1] names a seed twice (from s.yaml). Name each once"),
         ({"name": "../x"}, "name: '../x' holds a character that separates or is reserved in paths"),
-        ({"storage_path": "s3://b/x"}, "storage_path: 's3://b/x' is an address (from s.yaml). Give a folder"),
         (
             {"scheduler": "pbt", "samples": 4, "search": {"n_envs": {"choice": [1, 2]}}},
             "search.n_envs: cannot change within a training, as pbt would have it (from s.yaml)",
@@ -248,6 +249,16 @@ def test_a_sweep_that_cannot_be_used_is_refused_with_its_cause(values: dict[str,
     with pytest.raises(ConfigError) as refused:
         build_sweep(values, "s.yaml")
     assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize("address", ["nostore://x", "s3://sweeps?endpoint_override=http://user:secret@127.0.0.1:9&scheme=http"])
+def test_a_store_that_cannot_be_used_is_refused_before_anything_starts(address: str, tmp_path: Path) -> None:
+    file = write_sweep(tmp_path, storage_path=address)
+    done = run_sweep(file, env=environment(AWS_ACCESS_KEY_ID="x", AWS_SECRET_ACCESS_KEY="y", AWS_MAX_ATTEMPTS="1"))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"Error: storage_path: {address[:8]}") and done.stderr.count("\n") == 1
+    assert "secret" not in done.stderr
+    assert not (tmp_path / "sweeps").exists()
 
 
 def test_a_wrong_sweep_yaml_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
