@@ -155,13 +155,18 @@ def print_sweep(trials: Sequence[Mapping[str, Any]], metric: str) -> None:
         table.add_row(
             text(trial["run_id"]),
             cells.status(trial),
-            *(setting(values.get(key)) for key in varied),
+            *(setting(_rounded(values.get(key))) for key in varied),
             *([text(trial.get("generation")), came_from] if cloned else []),
             text(progress.get("num_timesteps")),
             text(progress.get("episode")),
             cells.reward(trial.get(metric)),
         )
     console.print(table)
+
+
+def _rounded(value: Any) -> Any:
+    """Return a drawn number with as many digits as a person compares."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _compared(run: Mapping[str, Any], glance: Glance) -> dict[str, str]:

@@ -84,6 +84,11 @@ class Distribution:
         return "resample"
 
 
+def short(value: Any) -> str:
+    """Return a value as a person reads it: a drawn number has far more digits than matter."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _ends(kind: str, values: Sequence[Any]) -> tuple[Any, Any]:
     if len(values) != 2 or any(isinstance(end, bool) or not isinstance(end, (int, float)) for end in values):
         raise ValueError(f"{kind} needs two numbers: write {kind}: [low, high]")

@@ -202,7 +202,6 @@ def _scheduler(sweep: SweepConfig) -> Any:
             hyperparam_mutations={key: distribution.mutation() for key, distribution in perturbed.items()},
             quantile_fraction=sweep.pbt.quantile_fraction,
             resample_probability=sweep.pbt.resample_probability,
-            synch=sweep.pbt.synch,
             perturbation_factors=PERTURBATION_FACTORS,
             custom_explore_fn=partial(_explored, space=perturbed),
         )

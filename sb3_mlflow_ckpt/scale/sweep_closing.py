@@ -15,7 +15,9 @@ from sb3_mlflow_ckpt.mirrors.patience import quick_requests
 from sb3_mlflow_ckpt.mirrors.tracked_run import run_of
 from sb3_mlflow_ckpt.reap import settle_run
 from sb3_mlflow_ckpt.redaction import redact
+from sb3_mlflow_ckpt.scale.search_space import short
 from sb3_mlflow_ckpt.scale.trial import TrialPlan
+from sb3_mlflow_ckpt.scale.trial_start import EXPLOIT
 from sb3_mlflow_ckpt.scale.tune_copies import remove_copies
 from sb3_mlflow_ckpt.sync import MirrorAddresses, sync_runs
 
@@ -56,7 +58,8 @@ class TrialCloser:
         """Note a trial that starts, or goes on."""
         self._errors[trial_id] = None
         self.failed.discard(self._plan.folder.run_id(trial_id))
-        values = "  ".join(f"{key} {config[key]}" for key in ("seed", *self._plan.sweep.search) if key in config)
+        own = () if EXPLOIT in config else ("seed",)
+        values = "  ".join(f"{key} {short(config[key])}" for key in (*own, *self._plan.sweep.search) if key in config)
         self._tell(f"{self._plan.folder.run_id(trial_id)} trains: {values}")
 
     def ended(self, trial_id: str, error: str | None) -> None:

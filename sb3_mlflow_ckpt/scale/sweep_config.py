@@ -63,7 +63,6 @@ class PbtOptions(BaseModel):
 
     perturbation_interval: Integer | None = Field(default=None, ge=1)
     quantile_fraction: Number = Field(default=0.25, gt=0, le=0.5)
-    synch: bool = False
     resample_probability: Number = Field(default=0.25, ge=0, le=1)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sb3_mlflow_ckpt.resume_commands import resume_command
+from sb3_mlflow_ckpt.scale.search_space import short
 from sb3_mlflow_ckpt.scale.trial import TrialPlan
 from sb3_mlflow_ckpt.scale.trial_row import TrialRow, trial_row
 
@@ -106,9 +107,7 @@ def draw(report: SweepReport, path: Path) -> bool:
             groups.setdefault(str(key), []).append(row.curve)
     if not groups:
         return False
-    titles = {
-        str(row.setting): ", ".join(f"{key} {_short(value)}" for key, value in row.setting) for row in report.rows
-    }
+    titles = {str(row.setting): ", ".join(f"{key} {short(value)}" for key, value in row.setting) for row in report.rows}
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for key, curves in groups.items():
         steps, mean, low, high = interval_over_seeds(curves)
@@ -119,7 +118,3 @@ def draw(report: SweepReport, path: Path) -> bool:
     figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
     return True
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

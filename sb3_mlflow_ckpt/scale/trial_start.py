@@ -118,5 +118,7 @@ def _clone(
     }
     mine = _kept(_facts(own.metadata), values) if own is not None else TrialStart(values)
     generation = mine.generation + 1
+    # Tune gives a clone all of its donor's: what the weights fit, and a seed that is not the member's own.
+    values = {key: mine.hyperparameters.get(key, value) if key == "seed" else value for key, value in values.items()}
     step = {"generation": generation, EXPLOIT: exploit, "donor": donor, "perturbed": perturbed}
     return TrialStart(values, handed, generation, donor, (*mine.lineage, step))

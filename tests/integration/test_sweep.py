@@ -80,15 +80,22 @@ def test_a_sweep_whose_driver_was_killed_goes_on_from_its_checkpoints_even_if_tu
 
 def test_a_population_clones_exactly_and_its_lineage_says_what_was_perturbed(tmp_path: Path) -> None:
     # A learning rate of 0 keeps each member's weights as they are, so that a clone's are its donor's for good.
-    names = ("gamma", "gae_lambda", "ent_coef", "vf_coef", "clip_range", "max_grad_norm")
+    names = ("gamma", "gae_lambda", "ent_coef", "vf_coef", "clip_range", "clip_range_vf", "max_grad_norm", "target_kl")
+    others = ("heartbeat_seconds", "sync_timeout_seconds", "grace_seconds", "keep_every_n_episodes")
     file = write_sweep(
         tmp_path,
-        training={"total_timesteps": 4096, "learning_rate": 0, "keep_last_n_checkpoints": 0},
+        training={
+            "total_timesteps": 4096, "learning_rate": 0, "keep_last_n_checkpoints": 0,
+            "env_wrappers": [{"processes:lockstep": {"folder": str(tmp_path / "steps")}}],
+        },
         seeds=[0, 1],
-        search={f"hyperparameters.{name}": {"uniform": [0.1, 0.9]} for name in names},
+        search={
+            **{f"hyperparameters.{name}": {"uniform": [0.1, 0.9]} for name in names},
+            **{name: {"randint": [50, 90]} for name in others},
+        },
         scheduler="pbt",
-        # At each interval all are compared: three clones with six values each, whichever process is the faster.
-        pbt={"perturbation_interval": 1024, "quantile_fraction": 0.5, "resample_probability": 0.5, "synch": True},
+        # Whichever process is the faster, both are compared; of so many values some are drawn anew, and some not.
+        pbt={"perturbation_interval": 1024, "quantile_fraction": 0.5, "resample_probability": 0.5},
         report_interval_timesteps=512,
     )
     done = run_sweep(file)
@@ -100,6 +107,7 @@ def test_a_population_clones_exactly_and_its_lineage_says_what_was_perturbed(tmp
         change["from"] != change["to"] for s in steps for change in s["perturbed"].values() if change["by"] != "kept"
     )
 
+    assert sorted(record["config"]["seed"] for record in records(tmp_path).values()) == [0, 1]
     for trial in tmp_path.glob("sweeps/*/run_trial_*"):
         # Of eight reports: what has been compared last and since, and what another went on from.
         assert 1 <= len([*trial.glob("checkpoint_*")]) <= 4
