@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ class Pace:
         return {"paced:paced": {"pace": str(self._file)}}
 
     def set(self, seconds: float) -> None:
-        """Let each step take so long from now on."""
+        """Let each step take so long from now on; infinity holds them all."""
         fresh = self._file.with_suffix(".new")
         fresh.write_text(str(seconds))
         fresh.replace(self._file)
@@ -31,7 +32,9 @@ def paced(env: Any, pace: str) -> Any:
     take_step = env.step
 
     def step(action: Any) -> Any:
-        time.sleep(float(Path(pace).read_text()))
+        while (seconds := float(Path(pace).read_text())) == math.inf:
+            time.sleep(0.01)
+        time.sleep(seconds)
         return take_step(action)
 
     env.step = step
