@@ -105,7 +105,13 @@ def resolve_checkpoint(
 
 
 def newest_of_run(
-    run_id: str, *, checkpoint_dir: str, tracked: bool, tracking_uri: str | None = None, offline: bool = False
+    run_id: str,
+    *,
+    checkpoint_dir: str,
+    tracked: bool,
+    tracking_uri: str | None = None,
+    offline: bool = False,
+    mlflow_run_id: str | None = None,
 ) -> ResumeSource | None:
     """Return the newest checkpoint of one run, verified: from its folder, or from MLflow where that has a later one.
 
@@ -117,6 +123,7 @@ def newest_of_run(
         tracked: Whether MLflow is asked.
         tracking_uri: Where; MLflow's own setting where it is None.
         offline: Whether what is here will do if MLflow does not answer.
+        mlflow_run_id: What MLflow calls the run, where that is not its id.
 
     Returns:
         The checkpoint; None where the run has none yet.
@@ -132,10 +139,11 @@ def newest_of_run(
     from sb3_mlflow_ckpt.mirrors.artifacts import newest_metadata
 
     try:
-        there = newest_metadata(run_id, tracking_uri)
+        mlflow_run_id = mlflow_run_id or run_id
+        there = newest_metadata(mlflow_run_id, tracking_uri)
         if there is None or (here is not None and here.metadata.timestamp >= there.timestamp):
             return here
-        source = _from_mlflow(f"runs:/{run_id}", tracking_uri)
+        source = _from_mlflow(f"runs:/{mlflow_run_id}", tracking_uri)
     except MirrorUnavailableError as error:
         if here is None or not offline:
             raise

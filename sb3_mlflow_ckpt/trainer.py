@@ -110,10 +110,12 @@ class SweepPlace:
     Attributes:
         facts: The field `sweep` of its record: `id`, `trial`, `generation`, `hyperparameters`, ...
         mlflow_parent: The MLflow run of the sweep, below which its own is made.
+        source: The checkpoint that it goes on from, whatever its configuration names; None for the beginning.
     """
 
     facts: Mapping[str, Any]
     mlflow_parent: str | None = None
+    source: ResumeSource | None = None
 
 
 class Reporter(Protocol):
@@ -128,16 +130,19 @@ class Reporter(Protocol):
         ...
 
 
-def resolve_config(config: TrainingConfig) -> ResolvedTraining:
+def resolve_config(config: TrainingConfig, source: ResumeSource | None = None) -> ResolvedTraining:
     """Return what a configuration comes to: checkpoint resolved, settings inherited, seed drawn.
+
+    Args:
+        config: The settings.
+        source: The checkpoint that is resumed; the one that the settings name where it is None.
 
     Raises:
         ConfigError: A setting cannot be used.
         CheckpointError: The checkpoint that it resumes is missing, corrupt, or of another algorithm.
         MirrorUnavailableError: The checkpoint is on an MLflow that does not answer.
     """
-    source = None
-    if config.resume_own_run and config.own_run_id is not None:
+    if source is None and config.resume_own_run and config.own_run_id is not None:
         source = newest_of_run(
             config.own_run_id,
             checkpoint_dir=config.checkpoint_dir,
@@ -190,7 +195,7 @@ def train(
         MirrorUnavailableError: MLflow or MongoDB does not answer at the start.
         TrainingInterrupted: A signal ended it, after a checkpoint.
     """
-    resolved = resolve_config(config)
+    resolved = resolve_config(config, sweep.source if sweep is not None else None)
     if reporter is not None:
         reporter.starting(resolved)
     if resolved.num_timesteps >= resolved.config.total_timesteps:

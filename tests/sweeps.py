@@ -44,10 +44,12 @@ def run_sweep(file: Path, *flags: str, env: Mapping[str, str] | None = None) -> 
     )  # fmt: skip
 
 
-def start_sweep(file: Path) -> subprocess.Popen[str]:
+def start_sweep(file: Path, *flags: str) -> subprocess.Popen[str]:
     """Start a sweep; its output goes to `sweep.log` beside it."""
     with (file.parent / "sweep.log").open("a") as log:
-        return subprocess.Popen(words(file), cwd=file.parent, env=environment(), stdout=log, stderr=log, text=True)
+        return subprocess.Popen(
+            words(file, *flags), cwd=file.parent, env=environment(), stdout=log, stderr=log, text=True
+        )  # fmt: skip
 
 
 def records(folder: Path) -> dict[str, dict[str, Any]]:

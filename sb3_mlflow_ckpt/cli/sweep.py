@@ -66,7 +66,7 @@ def _ending(result: SweepResult) -> Mapping[str, Path]:
         _say(f"Curves: {folder.plot}")
     best = report.best
     if best is not None and best.best is not None:
-        _say(f"Best checkpoint: {best.best[0]['path']} ({result.plan.sweep.metric} {best.best[1]:.1f})")
+        _say(f"Best checkpoint: {best.best_checkpoint} ({result.plan.sweep.metric} {best.best[1]:.1f})")
         _say(f"Resume with: {report.resume_command}")
     return files
 

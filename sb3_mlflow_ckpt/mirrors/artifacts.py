@@ -81,18 +81,40 @@ def newest_metadata(run_id: str, tracking_uri: str | None = None) -> CheckpointM
         CheckpointCorruptError: It cannot be read.
         MirrorUnavailableError: MLflow does not answer.
     """
-    uri = f"{SCHEME}{run_id}"
+    names = complete_checkpoints(run_id, tracking_uri)
+    return metadata_of(names[-1], tracking_uri) if names else None
+
+
+def complete_checkpoints(run_id: str, tracking_uri: str | None = None) -> list[str]:
+    """Return the URIs of a run's checkpoints that lie in MLflow with their metadata, the newest last.
+
+    Raises:
+        MirrorUnavailableError: MLflow does not answer.
+    """
     try:
         with quick_requests():
-            run_id, artifacts, latest = _artifacts(uri, run_id, tracking_uri)
+            run_id, artifacts, latest = _artifacts(f"{SCHEME}{run_id}", run_id, tracking_uri)
     except CheckpointNotFoundError:
-        return None
-    complete = _complete(artifacts, latest)
-    if not complete:
-        return None
+        return []
+    return [f"{SCHEME}{run_id}/{ARTIFACT_FOLDER}/{name}" for name in _complete(artifacts, latest)]
+
+
+def metadata_of(uri: str, tracking_uri: str | None = None) -> CheckpointMetadata:
+    """Return the metadata of a checkpoint in MLflow.
+
+    Args:
+        uri: `runs:/<run id>/checkpoints/<zip>`, as `complete_checkpoints` has it.
+        tracking_uri: MLflow's tracking URI; MLflow's own setting where it is None.
+
+    Raises:
+        CheckpointCorruptError: It cannot be read, or is not there any more.
+        MirrorUnavailableError: MLflow does not answer.
+    """
+    run_id, _, artifact = uri.removeprefix(SCHEME).partition("/")
+    name = _metadata_name(Path(artifact).name)
     with temporary_folder() as folder:
-        _fetch(uri, run_id, _metadata_name(complete[-1]), artifacts, folder, tracking_uri or _default_uri())
-        return read_metadata(next(folder.rglob(_metadata_name(complete[-1]))))
+        _fetch(uri, run_id, name, {name}, folder, tracking_uri or _default_uri())
+        return read_metadata(next(folder.rglob(name)))
 
 
 def _complete(artifacts: set[str], latest: str) -> list[str]:

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sb3_mlflow_ckpt.journal import RunJournal
-from sb3_mlflow_ckpt.json_lines import read_lines
 from sb3_mlflow_ckpt.layout import ARTIFACT_FOLDER
 from sb3_mlflow_ckpt.mirrors import naming
 from sb3_mlflow_ckpt.mirrors.inspection import Inspection, missing_metrics
-from sb3_mlflow_ckpt.mirrors.naming import LATEST_TAG, PARENT_TAG
+from sb3_mlflow_ckpt.mirrors.naming import LATEST_TAG
 from sb3_mlflow_ckpt.mirrors.patience import Patience, answering, quick_requests, unavailable
-from sb3_mlflow_ckpt.mirrors.tracked_run import TrackedRun, found_run, run_of
+from sb3_mlflow_ckpt.mirrors.record_copy import RecordCopy
+from sb3_mlflow_ckpt.mirrors.tracked_run import TrackedRun
 from sb3_mlflow_ckpt.mirrors.uploads import Uploads, latest_artifact
 from sb3_mlflow_ckpt.policies import Retention
 from sb3_mlflow_ckpt.replication import MirroredJournal
@@ -25,15 +25,9 @@ from sb3_mlflow_ckpt.runs.document import TERMINAL_STATUSES, redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric, Run
+    from mlflow.entities import Run
 
 logger = logging.getLogger(__name__)
-
-_STATUS = {"completed": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
-_METRICS_PER_BATCH = 900  # MLflow takes 1,000 of all kinds
-_PARAMS_PER_BATCH = 100
-_BYTES_PER_SLICE = 1 << 18
-_LONGEST_ATTEMPT = 10
 
 
 class MLflowMirror:
@@ -82,11 +76,7 @@ class MLflowMirror:
 
     def _forget_sent(self) -> None:
         self._uploads: Uploads | None = None
-        self._sent_params = False
-        self._sent_tags: dict[str, str] = {}
-        self._sent_status: tuple[int, str] | None = None
-        self._metrics_offset = 0
-        self._metrics_until: int | None = None
+        self._copy: RecordCopy | None = None
 
     def blueprint(self) -> dict[str, Any] | None:
         """Return what makes this mirror in another process, once its run is known (`mirror_process`)."""
@@ -164,11 +154,10 @@ class MLflowMirror:
     def earlier(self) -> dict[str, Any]:
         """Return the number that follows the one of the attempt that MLflow knows, and when that run began."""
         tags = self._target.run.data.tags if self._target.run is not None else {}
-        attempt = tags.get(naming.ATTEMPT_TAG, "")
-        # Anybody can write a tag.
-        if not (attempt.isdecimal() and len(attempt) < _LONGEST_ATTEMPT):
+        attempt = naming.attempt_of(tags)
+        if attempt is None:
             return {}
-        known = {"attempt": int(attempt) + 1}
+        known = {"attempt": attempt + 1}
         started = tags.get(naming.STARTED_TAG)
         return known | {"started_at": started} if naming.milliseconds(started) is not None else known
 
@@ -182,7 +171,7 @@ class MLflowMirror:
         """Compare MLflow with the folder, and send what it lacks or has otherwise, whatever the ledger says.
 
         A run that was deleted is restored; one that is gone for good is made anew. Copies that retention removed are
-        not sent again.
+        not sent again. What a later attempt at another machine has taken over is left as it is there.
 
         Args:
             journal: The run.
@@ -195,10 +184,12 @@ class MLflowMirror:
             self._patience.take()
             self._forget()
             lines = self._target.heal(journal.record)
-            client, run, uploads = self._connect(journal)
+            client, run, uploads, copy = self._connect(journal)
+            if copy.superseded(journal.record):
+                return lines
             lines += Inspection(uploads, journal, verify=verify, moved=self._target.moved).run()
             if missing := missing_metrics(client, run.info.run_id, journal):
-                self._log_metrics(client, run, [[metric] for metric in missing])
+                copy.log_metrics([[metric] for metric in missing])
                 lines.append(f"{len(missing)} values of the learning curve were missing: they are sent")
             lines += self._replicate(journal, healing=True)
             latest = latest_artifact(journal)
@@ -207,7 +198,7 @@ class MLflowMirror:
                 lines.append(f"the tag {LATEST_TAG} is set")
             return lines
 
-    def _connect(self, journal: MirroredJournal) -> tuple[MlflowClient, Run, Uploads]:
+    def _connect(self, journal: MirroredJournal) -> tuple[MlflowClient, Run, Uploads, RecordCopy]:
         record = journal.record
         client, run = self._target.connect(record)
         known = record.get("mlflow") or {}
@@ -215,21 +206,23 @@ class MLflowMirror:
             # Where copies may lie that the folder does not hold any more.
             before = {"mlflow_before": known} if known.get("run_id") else {}
             journal.update(**before, **self.describe())
-        if self._uploads is None:
+        if self._uploads is None or self._copy is None:
             self._uploads = Uploads(client, run, self._target.uri, self._retention)
-            self._sent_tags = {str(key): str(value) for key, value in run.data.tags.items()}
-        return client, run, self._uploads
+            self._copy = RecordCopy(client, run, owned=self._target.owned, trains=self._trains)
+        return client, run, self._uploads, self._copy
 
     def _replicate(self, journal: MirroredJournal, *, healing: bool = False) -> list[str]:
         """Send what MLflow is not known to have; return what that was, a line each."""
-        client, run, uploads = self._connect(journal)
+        _, _, uploads, copy = self._connect(journal)
         record = journal.record
-        tags = self._send_tags(client, run, record, healing)
+        if copy.superseded(record):
+            return []
+        tags = copy.send_tags(record, healing)
         files = uploads.send(journal)
-        params = self._send_params(client, run, record)
-        self._send_metrics(client, run, journal)
+        params = copy.send_params(record)
+        copy.send_metrics(journal)
         uploads.prune(journal)
-        status = self._send_status(client, run, record)
+        status = copy.send_status(record)
         return [
             *(f"{ARTIFACT_FOLDER}/{name} is sent" for name in files),
             *(f"the parameter {name} is sent" for name in params),
@@ -245,14 +238,14 @@ class MLflowMirror:
         if run is not None and self._target.owned and status in TERMINAL_STATUSES:
             client = MlflowClient(tracking_uri=self._target.uri)
             end = naming.milliseconds(record.get("ended_at"))
-            client.set_terminated(run.info.run_id, _STATUS[status], end_time=end)
+            client.set_terminated(run.info.run_id, naming.STATUS[status], end_time=end)
 
     def cancel(self, status: str) -> None:
         """End a run that `open` made: nothing will be trained under it."""
         if self._target.created and self._target.run is not None:
             try:
                 with quick_requests():
-                    self._target.client.set_terminated(self._target.run.info.run_id, _STATUS[status])
+                    self._target.client.set_terminated(self._target.run.info.run_id, naming.STATUS[status])
             except Exception as error:
                 logger.debug("MLflow was not told that the run will not train", exc_info=error)
         self._forget()
@@ -261,96 +254,3 @@ class MLflowMirror:
     def close(self) -> None:
         """Give MLflow's settings back to the caller; its client keeps no connection."""
         self._patience.give_back()
-
-    def _send_params(self, client: MlflowClient, run: Run, record: Mapping[str, Any]) -> list[str]:
-        from mlflow.entities import Param
-
-        if self._sent_params:
-            return []
-        present = client.get_run(run.info.run_id).data.params
-        varied = (record.get("sweep") or {}).get("hyperparameters") or {}
-        params = []
-        for key, value in naming.parameters(record.get("config") or {}).items():
-            # Parameters cannot be changed: where `mlflow run` logged the text it was given (`inherit`, say),
-            # what it came to stands beside it.
-            if key in present and key in varied:
-                continue  # A value that a sweep has changed since is a field of the record, and a metric.
-            name = key if key not in present or naming.same(present[key], value) else f"resolved.{key}"
-            if name not in present:
-                params.append(Param(name, value))
-        for start in range(0, len(params), _PARAMS_PER_BATCH):
-            client.log_batch(run.info.run_id, params=params[start : start + _PARAMS_PER_BATCH])
-        self._sent_params = True
-        return [param.key for param in params]
-
-    def _send_tags(self, client: MlflowClient, run: Run, record: Mapping[str, Any], healing: bool) -> list[str]:
-        from mlflow.entities import RunTag
-
-        tags = naming.tags(record)
-        root = record.get("root_run_id")
-        if root and root != record.get("run_id"):
-            tags |= self._parent_tag(client, str(root), healing)
-        if not record.get("error") and naming.ERROR_TAG in run.data.tags:
-            tags[naming.ERROR_TAG] = ""  # Of an attempt that failed before this one.
-        fresh = {key: value for key, value in tags.items() if self._sent_tags.get(key) != value}
-        if fresh:
-            client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in fresh.items()])
-            self._sent_tags |= fresh
-        return [*fresh]
-
-    def _parent_tag(self, client: MlflowClient, root: str, healing: bool) -> dict[str, str]:
-        present = self._sent_tags.get(PARENT_TAG)
-        if present is not None and not (healing and found_run(client, present) is None):
-            return {}
-        # The root, not the parent: MLflow's list shows one level, so that a chain of resumes stays flat.
-        found = run_of(client, root)
-        return {} if found is None else {PARENT_TAG: found.info.run_id}  # It may have been trained without this server.
-
-    def _send_metrics(self, client: MlflowClient, run: Run, journal: MirroredJournal) -> None:
-        if self._metrics_until is None:
-            # An earlier process may have sent a part. Steps only grow; a clock may be set back.
-            history = client.get_metric_history(run.info.run_id, naming.EPISODES_METRIC)
-            self._metrics_until = max((metric.step for metric in history), default=-1)
-        while True:
-            # In slices: how long an outage was must not show in the memory that its end takes.
-            points, offset = read_lines(journal.folder.metrics, self._metrics_offset, _BYTES_PER_SLICE)
-            if offset == self._metrics_offset:
-                return
-            fresh = [m for m in map(naming.metrics, points) if m and m[0].step > self._metrics_until]
-            self._log_metrics(client, run, fresh)
-            self._metrics_until = max([self._metrics_until, *(metrics[0].step for metrics in fresh)])
-            self._metrics_offset = offset
-
-    def _log_metrics(self, client: MlflowClient, run: Run, points: Iterable[Sequence[Metric]]) -> None:
-        """Send points in batches that cut none, so that one which is there is there whole.
-
-        What is sent twice, where an answer was lost, MLflow has once: it knows a value by its step and time.
-        """
-        batch: list[Metric] = []
-        for metrics in points:
-            if batch and len(batch) + len(metrics) > _METRICS_PER_BATCH:
-                client.log_batch(run.info.run_id, metrics=batch)
-                batch = []
-            batch += metrics
-        if batch:
-            client.log_batch(run.info.run_id, metrics=batch)
-
-    def _send_status(self, client: MlflowClient, run: Run, record: Mapping[str, Any]) -> str | None:
-        """Send the status if it changed; return it where it was sent."""
-        status = str(record["status"])
-        attempt_status = (int(record.get("attempt", 1)), status)
-        if attempt_status == self._sent_status or not self._target.owned:
-            return None
-        before, changed = self._sent_status, None
-        if status in TERMINAL_STATUSES:
-            changed, ended = _STATUS[status], naming.milliseconds(record.get("ended_at"))
-            if before is None and (run.info.status, run.info.end_time) == (changed, ended):
-                changed = None
-            else:
-                client.set_terminated(run.info.run_id, changed, end_time=ended)
-        elif self._trains and (run.info.status != "RUNNING" or before is not None):
-            # Not by a sync: the record of a killed trainer says "running" for ever.
-            changed = "RUNNING"
-            client.update_run(run.info.run_id, status=changed)
-        self._sent_status = attempt_status
-        return changed

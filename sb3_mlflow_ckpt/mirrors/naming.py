@@ -21,16 +21,19 @@ ATTEMPT_TAG = f"{TAG_PREFIX}attempt"
 STARTED_TAG = f"{TAG_PREFIX}started_at"
 ERROR_TAG = f"{TAG_PREFIX}error"
 EPISODES_METRIC = "rollout/episodes"
-# Columns of the learning curve, under the names that SB3's own logger gives them.
-_METRIC_NAMES = {
+METRIC_NAMES = {
     "ep_rew_mean": "rollout/ep_rew_mean",
     "ep_len_mean": "rollout/ep_len_mean",
     "episode": EPISODES_METRIC,
     "steps_per_second": "time/steps_per_second",
 }
+"""Columns of the learning curve, under the names that SB3's own logger gives them."""
+STATUS = {"completed": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+"""What MLflow calls the end of a run."""
 _SWEEP_TAGS = ("id", "trial", "generation", "ended_by")
 _LONGEST_VALUE = 6000
 _LONGEST_NAME = 250
+_LONGEST_ATTEMPT = 10
 
 
 def parameters(config: Mapping[str, Any]) -> dict[str, str]:
@@ -91,6 +94,12 @@ def tags(record: Mapping[str, Any]) -> dict[str, str]:
     return named
 
 
+def attempt_of(tags: Mapping[str, str]) -> int | None:
+    """Return the number of the attempt that has sent tags last; None where they tell of none: anybody can write one."""
+    attempt = tags.get(ATTEMPT_TAG, "")
+    return int(attempt) if attempt.isdecimal() and len(attempt) < _LONGEST_ATTEMPT else None
+
+
 def metrics(point: Mapping[str, Any]) -> Sequence[Metric]:
     """Return a point of the learning curve as metrics at its step and time; empty for one that lacks either."""
     from mlflow.entities import Metric
@@ -99,7 +108,7 @@ def metrics(point: Mapping[str, Any]) -> Sequence[Metric]:
     if timestamp is None or not isinstance(step, int):
         return []
     return [
-        Metric(_METRIC_NAMES.get(key) or _name(key), float(value), timestamp, step)
+        Metric(METRIC_NAMES.get(key) or _name(key), float(value), timestamp, step)
         for key, value in point.items()
         if key != "num_timesteps" and isinstance(value, (int, float)) and not isinstance(value, bool)
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sb3_mlflow_ckpt.mirrors import naming
-from sb3_mlflow_ckpt.mirrors.patience import REFUSALS
+from sb3_mlflow_ckpt.mirrors.patience import REFUSALS, quick_requests, unavailable
 from sb3_mlflow_ckpt.runs.document import redact
 
 if TYPE_CHECKING:
@@ -247,6 +247,22 @@ def run_of(client: MlflowClient, run_id: str) -> Run | None:
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     named = client.search_runs(experiments, f"tags.`{naming.RUN_ID_TAG}` = '{run_id}'", max_results=1)
     return named[0] if named else None
+
+
+def mlflow_id_of(run_id: str, tracking_uri: str | None) -> str | None:
+    """Return what MLflow calls a training, by the training's own id; None where it has none of it.
+
+    Raises:
+        MirrorUnavailableError: It does not answer.
+    """
+    target = TrackedRun(tracking_uri, None, None)
+    try:
+        with quick_requests():
+            found = run_of(target.client, run_id)
+    except Exception as error:
+        # mlflow raises its own, requests', sqlalchemy's and OS errors alike; they may quote the address's password.
+        raise unavailable(error, target.uri) from None
+    return str(found.info.run_id) if found is not None else None
 
 
 def _unnoted_run(client: MlflowClient, record: Mapping[str, Any]) -> Run | None:

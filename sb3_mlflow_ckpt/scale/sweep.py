@@ -18,6 +18,7 @@ from sb3_mlflow_ckpt import atomic, strict_json
 from sb3_mlflow_ckpt.algorithms import algorithm_class, check_hyperparameters
 from sb3_mlflow_ckpt.errors import ConfigError
 from sb3_mlflow_ckpt.layout import SweepFolder
+from sb3_mlflow_ckpt.redaction import redact
 from sb3_mlflow_ckpt.runs.document import redact_all
 from sb3_mlflow_ckpt.scale.local_ray import ray_session
 from sb3_mlflow_ckpt.scale.search_space import PERTURBATION_FACTORS
@@ -81,13 +82,14 @@ def run_sweep(
         MirrorUnavailableError: MLflow does not answer at the start.
     """
     _check_algorithm(sweep)
-    storage = Path(sweep.storage_path).expanduser().absolute()
-    folder = _newest(storage, sweep) if resume else SweepFolder(storage, _new_id(sweep.name))
+    here = Path(sweep.folder).expanduser().absolute()
+    folder = _newest(here, sweep) if resume else SweepFolder(here, _new_id(sweep.name))
+    storage = _Storage.of(sweep, here)
     with ray_session(address):
         folder.path.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(folder.lock, timeout=0):
-                return _run(sweep, folder, starting, tell, ending)
+                return _run(sweep, folder, storage, address is None, starting, tell, ending)
         except Timeout as error:
             problem = f"the sweep {folder.sweep_id} is under way"
             raise ConfigError("resume", problem, hint="Wait for its end, or stop it") from error
@@ -96,6 +98,8 @@ def run_sweep(
 def _run(
     sweep: SweepConfig,
     folder: SweepFolder,
+    storage: _Storage,
+    one_machine: bool,
     starting: Callable[[TrialPlan], None],
     tell: Callable[[str], None],
     ending: Callable[[SweepResult], Mapping[str, Path]],
@@ -110,6 +114,7 @@ def _run(
             checkpoint_dir=str(Path(sweep.trial_config({}).checkpoint_dir).absolute()),
             tracking_uri=run.tracking_uri,
             mlflow_parent=run.run_id,
+            one_machine=one_machine,
         )
         record = {"id": folder.sweep_id, "name": sweep.name, "seed": seed, "mlflow_run_id": run.run_id}
         record["config"] = redact_all(sweep.model_dump(mode="json"))
@@ -118,7 +123,7 @@ def _run(
         closer = TrialCloser(plan, tell)
         failed: BaseException | None = None
         try:
-            _tuner(plan, closer, seed).fit()
+            _tuner(plan, storage, closer, seed).fit()
         except Exception as error:
             failed = error
         finally:
@@ -132,19 +137,24 @@ def _run(
         return result
 
 
-def _tuner(plan: TrialPlan, closer: TrialCloser, seed: int) -> Tuner:
+def _tuner(plan: TrialPlan, storage: _Storage, closer: TrialCloser, seed: int) -> Tuner:
     """Return Tune's own driver: restored where it has a snapshot, else anew; trials look for what is theirs."""
     from ray import tune
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
     # Tune itself writes it seldom; what it does not know is made good by the trials.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", _SNAPSHOT_SECONDS)
+    # It would ask for fewer reports, since it writes its snapshot for each that takes another's place.
+    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     sweep, folder = plan.sweep, plan.folder
     callback = noting(closer)
     resources = {"cpu": sweep.resources.cpu, "gpu": sweep.resources.gpu}
     trainable = tune.with_resources(tune.with_parameters(run_trial, plan=plan), resources)
-    if tune.Tuner.can_restore(folder.path):
-        return tune.Tuner.restore(str(folder.path), trainable, resume_unfinished=True, resume_errored=True)
+    before, filesystem = f"{storage.path}/{folder.sweep_id}", storage.filesystem
+    if tune.Tuner.can_restore(before, storage_filesystem=filesystem):
+        return tune.Tuner.restore(
+            before, trainable, resume_unfinished=True, resume_errored=True, storage_filesystem=filesystem
+        )
     # The other values are drawn first and stay the same for each seed: seeds of one setting can be compared.
     search = BasicVariantGenerator(constant_grid_search=True, random_state=seed, max_concurrent=sweep.concurrency or 0)
     space = {key: distribution.domain() for key, distribution in sweep.space.items()}
@@ -161,8 +171,9 @@ def _tuner(plan: TrialPlan, closer: TrialCloser, seed: int) -> Tuner:
         ),
         run_config=tune.RunConfig(
             name=folder.sweep_id,
-            storage_path=str(folder.storage_path),
-            # A clone that waits for its turn reads what its donor reported long ago, and Tune would have removed it.
+            storage_path=storage.path,
+            storage_filesystem=filesystem,
+            # A clone that waits for its turn reads what its donor reported long ago: see `tune_copies`.
             checkpoint_config=tune.CheckpointConfig(
                 num_to_keep=None if sweep.scheduler == "pbt" else _TUNE_CHECKPOINTS
             ),
@@ -187,10 +198,11 @@ def _scheduler(sweep: SweepConfig) -> Any:
         perturbed = {key: d for key, d in sweep.space.items() if d.kind != "grid"}
         return PopulationBasedTraining(
             time_attr="num_timesteps",
-            perturbation_interval=sweep.pbt.perturbation_interval or 2 * sweep.report_interval_timesteps,
+            perturbation_interval=sweep.perturbation_interval,
             hyperparam_mutations={key: distribution.mutation() for key, distribution in perturbed.items()},
             quantile_fraction=sweep.pbt.quantile_fraction,
             resample_probability=sweep.pbt.resample_probability,
+            synch=sweep.pbt.synch,
             perturbation_factors=PERTURBATION_FACTORS,
             custom_explore_fn=partial(_explored, space=perturbed),
         )
@@ -207,6 +219,39 @@ def _check_algorithm(sweep: SweepConfig) -> None:
     config = sweep.trial_config({})
     names = {key.partition(".")[2]: None for key in sweep.search if key.startswith("hyperparameters.")}
     check_hyperparameters(algorithm_class(config.algo), {**config.hyperparameters, **names})
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Where Ray Tune keeps what every node must reach.
+
+    Attributes:
+        path: The folder, or the path in a store.
+        filesystem: The store, as pyarrow reaches it; None for a folder.
+    """
+
+    path: str
+    filesystem: Any = None
+
+    @classmethod
+    def of(cls, sweep: SweepConfig, folder: Path) -> _Storage:
+        """Return the storage of a sweep; raise a ConfigError for an address that cannot be written to."""
+        if "://" not in sweep.storage_path:
+            return cls(str(folder))
+        from pyarrow.fs import FileSystem
+
+        try:
+            filesystem, path = FileSystem.from_uri(sweep.storage_path)
+            filesystem.create_dir(path, recursive=True)
+        except Exception as error:
+            # Each kind of store raises its own.
+            cause = " ".join(redact(str(error)).split())[:300]
+            problem = f"{redact(sweep.storage_path)} cannot be used: {cause}"
+            hint = (
+                "Give a folder, or a store's address such as s3://bucket/sweeps, and its credentials as it takes them"
+            )
+            raise ConfigError("storage_path", problem, hint=hint) from error
+        return cls(path.rstrip("/"), filesystem)
 
 
 def _new_id(name: str) -> str:

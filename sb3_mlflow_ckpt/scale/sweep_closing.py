@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from sb3_mlflow_ckpt.errors import CheckpointError
 from sb3_mlflow_ckpt.journal import read_record
 from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.mirrors import naming
 from sb3_mlflow_ckpt.mirrors.patience import quick_requests
 from sb3_mlflow_ckpt.mirrors.tracked_run import run_of
 from sb3_mlflow_ckpt.reap import settle_run
 from sb3_mlflow_ckpt.redaction import redact
 from sb3_mlflow_ckpt.scale.trial import TrialPlan
+from sb3_mlflow_ckpt.scale.tune_copies import remove_copies
 from sb3_mlflow_ckpt.sync import MirrorAddresses, sync_runs
 
 if TYPE_CHECKING:
-    from ray.tune import Callback
+    from ray.tune import Callback, Checkpoint
 
 logger = logging.getLogger(__name__)
 
 # A process that Tune has told to end sends its last lines itself.
 _PATIENCE_SECONDS = 20.0
-_MLFLOW_STATUS = {"completed": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 
 
 class TrialCloser:
@@ -66,6 +67,12 @@ class TrialCloser:
             self.failed.add(run_id)
         self._tell(f"{run_id} ended" + (f" with an error: {error}" if error is not None else ""))
         self._work.submit(self._close, trial_id, "failed" if error is not None else "interrupted")
+
+    def saved(self, checkpoint: Checkpoint, trials: Sequence[Any]) -> None:
+        """Note a checkpoint that a trial has reported."""
+        sweep = self._plan.sweep
+        if sweep.scheduler == "pbt":
+            remove_copies(checkpoint, trials, -(-sweep.perturbation_interval // sweep.report_interval_timesteps) + 1)
 
     def known(self, trial_id: str, error: str | None) -> None:
         """Note a trial of a sweep that has ended, whatever became of it."""
@@ -115,7 +122,7 @@ class TrialCloser:
             if folder.record.exists():
                 sync_runs(folder.checkpoint_dir, self._mirrors, run_id=folder.run_id, agent_id=folder.agent_id)
             if client.get_run(run.info.run_id).info.status == "RUNNING":
-                client.set_terminated(run.info.run_id, _MLFLOW_STATUS[status])
+                client.set_terminated(run.info.run_id, naming.STATUS[status])
 
 
 _closer: TrialCloser | None = None
@@ -144,6 +151,9 @@ def make_callback() -> Callback:
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             current().ended(trial.trial_id, _reason(trial))
+
+        def on_checkpoint(self, iteration: int, trials: list[Any], trial: Any, checkpoint: Any, **info: Any) -> None:
+            current().saved(checkpoint, trials)
 
         def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
             for trial in trials:

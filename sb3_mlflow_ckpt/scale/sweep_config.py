@@ -13,6 +13,7 @@ from sb3_mlflow_ckpt.errors import ConfigError, InvalidIdError
 from sb3_mlflow_ckpt.layout import check_id
 from sb3_mlflow_ckpt.scale.search_space import Distribution
 
+_FOLDER = "sweeps"
 # Each trial has its own, or the sweep decides it.
 _THE_SWEEPS_OWN = {
     "seed": "list them under 'seeds:'",
@@ -62,6 +63,7 @@ class PbtOptions(BaseModel):
 
     perturbation_interval: Integer | None = Field(default=None, ge=1)
     quantile_fraction: Number = Field(default=0.25, gt=0, le=0.5)
+    synch: bool = False
     resample_probability: Number = Field(default=0.25, ge=0, le=1)
 
 
@@ -88,7 +90,17 @@ class SweepConfig(BaseModel):
     concurrency: Integer | None = Field(None, ge=1)
     resources: Resources = Resources()
     max_failures: Integer = Field(3, ge=-1)
-    storage_path: str = Field("sweeps", min_length=1)
+    storage_path: str = Field(_FOLDER, min_length=1)
+
+    @property
+    def folder(self) -> str:
+        """Where what this machine keeps of sweeps lies: the storage path, unless that is an address."""
+        return _FOLDER if "://" in self.storage_path else self.storage_path
+
+    @property
+    def perturbation_interval(self) -> int:
+        """Environment steps between two comparisons of a population."""
+        return self.pbt.perturbation_interval or 2 * self.report_interval_timesteps
 
     @property
     def space(self) -> dict[str, Distribution]:
@@ -161,9 +173,6 @@ def _check(sweep: SweepConfig, source: str) -> None:
         check_id(sweep.name, "name")
     except InvalidIdError as error:
         raise ConfigError("name", str(error).removeprefix("name "), source) from error
-    if "://" in sweep.storage_path:
-        problem = f"{sweep.storage_path!r} is an address"
-        raise ConfigError("storage_path", problem, source, "Give a folder; on a cluster, one that all nodes share")
     if len(set(sweep.seeds)) < len(sweep.seeds):
         raise ConfigError("seeds", f"{sweep.seeds} names a seed twice", source, "Name each once")
     for key, remedy in _THE_SWEEPS_OWN.items():

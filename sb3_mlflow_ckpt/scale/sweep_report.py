@@ -2,54 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sb3_mlflow_ckpt import json_lines
-from sb3_mlflow_ckpt.errors import CheckpointError
-from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.resume_commands import resume_command
-from sb3_mlflow_ckpt.runs.folder import read_run
 from sb3_mlflow_ckpt.scale.trial import TrialPlan
-from sb3_mlflow_ckpt.verification import read_metadata
+from sb3_mlflow_ckpt.scale.trial_row import TrialRow, trial_row
 
 if TYPE_CHECKING:
     import numpy as np
 
 _GRID = 100
 _CONFIDENCE = 0.95
-_METRICS = {"mean_reward": "ep_rew_mean", "mean_length": "ep_len_mean"}
-
-
-@dataclass(frozen=True)
-class TrialRow:
-    """One trial, as its run's record tells it.
-
-    Attributes:
-        run_id: Its run.
-        record: The record, with its checkpoints.
-        score: The metric of its newest checkpoint.
-        best: The checkpoint on disk with the best metric, and that metric.
-        curve: Environment steps and metric, in their order.
-    """
-
-    run_id: str
-    record: Mapping[str, Any]
-    score: float | None
-    best: tuple[Mapping[str, Any], float] | None
-    curve: tuple[tuple[int, float], ...]
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """What the record says of the trial's place in the sweep."""
-        return self.record.get("sweep") or {}
-
-    @property
-    def setting(self) -> tuple[tuple[str, Any], ...]:
-        """What it was trained with, but for the seed: trials of one setting are compared over seeds."""
-        return tuple((key, value) for key, value in self.facts.get("hyperparameters", {}).items() if key != "seed")
 
 
 @dataclass(frozen=True)
@@ -58,7 +24,7 @@ class SweepReport:
 
     Attributes:
         plan: The sweep.
-        rows: Its trials; one whose record is not on this machine is left out.
+        rows: Its trials; one of which neither this machine's disk nor MLflow knows is left out.
     """
 
     plan: TrialPlan
@@ -77,7 +43,8 @@ class SweepReport:
         row = self.best
         if row is None or row.best is None:
             return None
-        return resume_command(row.record, row.best[0], program="trainer", source="path")
+        item = row.best[0]
+        return resume_command(row.record, item, program="trainer", source="path" if item.get("path") else "uri")
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return a row a trial, as plain JSON."""
@@ -88,44 +55,15 @@ class SweepReport:
                 **{key: row.facts.get(key) for key in ("trial", "generation", "donor", "hyperparameters", "lineage")},
                 "progress": row.record.get("progress"),
                 self.plan.sweep.metric: row.score,
-                "best_checkpoint": row.best[0].get("path") if row.best is not None else None,
+                "best_checkpoint": row.best_checkpoint,
             }
             for row in self.rows
         ]
 
 
-def sweep_report(plan: TrialPlan, run_ids: Sequence[str]) -> SweepReport:
+def sweep_report(plan: TrialPlan, trial_ids: Sequence[str]) -> SweepReport:
     """Return what the trials of a sweep came to."""
-    agent = plan.sweep.trial_config({}).agent
-    rows = []
-    for run_id in run_ids:
-        folder = RunFolder(Path(plan.checkpoint_dir), agent, run_id)
-        try:
-            rows.append(_row(folder, plan))
-        except CheckpointError:
-            continue
-    return SweepReport(plan, tuple(rows))
-
-
-def _row(folder: RunFolder, plan: TrialPlan) -> TrialRow:
-    record = read_run(folder)
-    metric = plan.sweep.metric
-    rated = []
-    # By the time of the save: after a clone the highest episode is not the newest.
-    for item in sorted(record["checkpoint_paths"], key=lambda item: str(item.get("timestamp"))):
-        if not item.get("on_disk"):
-            continue
-        try:
-            value = read_metadata(folder.model(item["episode"])).metrics.get(metric)
-        except CheckpointError:
-            continue
-        if value is not None:
-            rated.append((item, float(value)))
-    best = (max if plan.sweep.goal == "max" else min)(rated, key=lambda pair: pair[1], default=None)
-    points = json_lines.read_lines(folder.metrics)[0]
-    column = _METRICS[metric]
-    curve = [(int(p["num_timesteps"]), float(p[column])) for p in points if isinstance(p.get(column), (int, float))]
-    return TrialRow(folder.run_id, record, rated[-1][1] if rated else None, best, tuple(curve))
+    return SweepReport(plan, tuple(row for row in (trial_row(plan, trial_id) for trial_id in trial_ids) if row))
 
 
 def interval_over_seeds(

@@ -10,6 +10,7 @@ from typing import Any
 
 from sb3_mlflow_ckpt.config import flatten
 from sb3_mlflow_ckpt.errors import MirrorUnavailableError
+from sb3_mlflow_ckpt.mirrors import naming
 from sb3_mlflow_ckpt.mirrors.patience import quick_requests, unavailable
 from sb3_mlflow_ckpt.mirrors.tracked_run import TrackedRun, absolute_uri
 from sb3_mlflow_ckpt.runs.document import redact_all
@@ -19,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 SWEEP_TAG = "sb3_mlflow_ckpt_sweep"
 """Not below the prefix of trainings' tags: this run has no folder, and none that is looked for."""
-_STATUS = {"completed": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 
 
 class SweepRun:
@@ -103,6 +103,6 @@ class SweepRun:
             logger.exception("What the sweep came to was not sent to MLflow")
         try:
             with quick_requests():
-                client.set_terminated(self.run_id, _STATUS[status])
+                client.set_terminated(self.run_id, naming.STATUS[status])
         except Exception:
             logger.exception("MLflow was not told that the sweep has ended")

@@ -5,20 +5,13 @@ Tune's snapshot of an experiment is seconds old: after a driver died it may name
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from sb3_mlflow_ckpt.checkpoints import latest_checkpoint
-from sb3_mlflow_ckpt.errors import CheckpointError
-from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata
+from sb3_mlflow_ckpt.resume import ResumeSource
 from sb3_mlflow_ckpt.scale.search_space import Distribution
-from sb3_mlflow_ckpt.verification import read_metadata, verify_checkpoint
-
-logger = logging.getLogger(__name__)
 
 EXPLOIT = "exploit"
 """The key under which a trial's configuration names the exploit that made it."""
@@ -30,14 +23,14 @@ class TrialStart:
 
     Attributes:
         hyperparameters: The values of what the sweep varies.
-        checkpoint: What it goes on from; None for the beginning.
+        source: What it goes on from; None for the beginning.
         generation: How often the trial has taken over another's model.
         donor: The run, episode and trial that the model was taken from last; None where it is the trial's own.
         lineage: What each generation took, and what was perturbed.
     """
 
     hyperparameters: Mapping[str, Any]
-    checkpoint: Path | None = None
+    source: ResumeSource | None = None
     generation: int = 0
     donor: Mapping[str, Any] | None = None
     lineage: tuple[Mapping[str, Any], ...] = field(default=())
@@ -53,47 +46,33 @@ class TrialStart:
 
 
 def trial_start(
-    folder: RunFolder, config: Mapping[str, Any], given: Path | None, space: Mapping[str, Distribution]
+    run_id: str,
+    config: Mapping[str, Any],
+    own: ResumeSource | None,
+    handed: ResumeSource | None,
+    space: Mapping[str, Distribution],
 ) -> TrialStart:
     """Return what a trial goes on from.
 
     Args:
-        folder: The trial's run folder.
+        run_id: The trial's run.
         config: The trial's configuration, as Tune has it.
-        given: The zip in the checkpoint that Tune hands it, if it hands one.
+        own: The newest checkpoint of the trial's run.
+        handed: The checkpoint that Tune hands it: an earlier one of its own, or another's.
         space: What the sweep varies.
     """
     values = {key: value for key, value in config.items() if key != EXPLOIT}
-    handed = _verified(given)
-    own = _own(folder)
     exploit = config.get(EXPLOIT)
-    if handed is not None and handed[1].run_id != folder.run_id:
-        if own is None or exploit not in _exploits(own[1]):
+    if handed is not None and handed.metadata.run_id != run_id:
+        if own is None or exploit not in _exploits(own.metadata):
             return _clone(handed, own, values, exploit, space)
         handed = None  # That clone was taken up already, and has a checkpoint of its own.
-    if own is None or (handed is not None and handed[1].timestamp > own[1].timestamp):
+    if own is None or (handed is not None and handed.metadata.timestamp > own.metadata.timestamp):
         own = handed
     if own is None:
         return TrialStart(values)
-    path, metadata = own
-    before = _facts(metadata)
     # Its own, not Tune's: a snapshot from before an exploit does not know what was perturbed since.
-    return replace(_kept(before, values), checkpoint=path)
-
-
-def _own(folder: RunFolder) -> tuple[Path, CheckpointMetadata] | None:
-    path = latest_checkpoint(folder.checkpoint_dir, folder.run_id, folder.agent_id)
-    return (path, read_metadata(path)) if path is not None else None
-
-
-def _verified(path: Path | None) -> tuple[Path, CheckpointMetadata] | None:
-    if path is None:
-        return None
-    try:
-        return path, verify_checkpoint(path)
-    except CheckpointError as error:
-        logger.warning("What Ray Tune hands the trial is passed over: %s", error)
-        return None
+    return replace(_kept(_facts(own.metadata), values), source=own)
 
 
 def _facts(metadata: CheckpointMetadata) -> Mapping[str, Any]:
@@ -115,13 +94,13 @@ def _kept(facts: Mapping[str, Any], values: Mapping[str, Any]) -> TrialStart:
 
 
 def _clone(
-    handed: tuple[Path, CheckpointMetadata],
-    own: tuple[Path, CheckpointMetadata] | None,
+    handed: ResumeSource,
+    own: ResumeSource | None,
     values: Mapping[str, Any],
     exploit: Any,
     space: Mapping[str, Distribution],
 ) -> TrialStart:
-    path, metadata = handed
+    metadata = handed.metadata
     theirs = _facts(metadata)
     before = theirs.get("hyperparameters") or {}
     donor = {
@@ -137,7 +116,7 @@ def _clone(
         for key, value in values.items()
         if key in space and space[key].kind != "grid" and before.get(key) is not None
     }
-    mine = _kept(_facts(own[1]), values) if own is not None else TrialStart(values)
+    mine = _kept(_facts(own.metadata), values) if own is not None else TrialStart(values)
     generation = mine.generation + 1
     step = {"generation": generation, EXPLOIT: exploit, "donor": donor, "perturbed": perturbed}
-    return TrialStart(values, path, generation, donor, (*mine.lineage, step))
+    return TrialStart(values, handed, generation, donor, (*mine.lineage, step))

@@ -18,7 +18,7 @@ from sb3_mlflow_ckpt.runs.lineage import Segment
 from sb3_mlflow_ckpt.web.plot import Frame, Place, Point, coordinate, frame, legible, shown, svg
 from sb3_mlflow_ckpt.web.scales import Scale, domain, number, reading, spread, steps
 
-_NARROW = (400, 260)
+_NARROW = (360, 250)
 _SPARKLINE = (96, 24)
 _SPARKLINE_POINTS = 60
 _BETWEEN_CHECKPOINTS = 14.0

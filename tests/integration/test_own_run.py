@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from mlflow import MlflowClient
 from processes import environment, trainer
 
 from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, verify_checkpoint
-from sb3_mlflow_ckpt.mirrors.naming import LATEST_TAG
+from sb3_mlflow_ckpt.mirrors.naming import ATTEMPT_TAG, LATEST_TAG
+from sb3_mlflow_ckpt.reap import reap_runs
 from sb3_mlflow_ckpt.runs.folder import FolderRuns
+from sb3_mlflow_ckpt.sync import sync_runs
 
 _FLAGS = (
     *("--env-id", "toy_environments:FixedLength-v0", "--checkpoint-interval-episodes", 10),
@@ -74,6 +77,24 @@ def test_a_run_goes_on_at_a_machine_that_has_nothing_of_it_and_is_the_same_run(
     assert steps == sorted(set(steps)) and steps[0] <= 128 < steps[-1] == 192
     assert (run.info.status, run.data.tags["sb3_mlflow_ckpt.attempt"]) == ("FINISHED", "2")
     assert len(machines.client.search_runs(["0"])) == 1
+
+
+def test_the_first_machines_folder_leaves_mlflow_to_the_attempt_that_took_over(
+    machines: Machines, caplog: pytest.LogCaptureFixture
+) -> None:
+    [path] = (Path(machines.uri.removeprefix("sqlite:///")).parent / "a").glob(f"*/{machines.run_id}/run.json")
+    record, before = json.loads(path.read_text()), machines.client.get_run(machines.run_id)
+    assert (record["attempt"], before.data.tags[ATTEMPT_TAG]) == (1, "2")
+    # As its machine lost power in the middle of it.
+    path.write_text(json.dumps({**record, "status": "running"}))
+    [reaped] = reap_runs(path.parents[2], run_id=machines.run_id)
+    assert (reaped.action, reaped.problem, json.loads(path.read_text())["status"]) == ("failed", None, "failed")
+    [synced] = sync_runs(path.parents[2], run_id=machines.run_id)
+    assert (synced.changes, synced.error) == ((), None)
+    assert f"MLflow holds a later attempt of the run {machines.run_id}; attempt 1 is not sent" in caplog.text
+    after = machines.client.get_run(machines.run_id)
+    assert (after.info.status, after.info.end_time) == ("FINISHED", before.info.end_time)
+    assert after.data.tags == before.data.tags
 
 
 def test_a_run_that_comes_back_to_a_machine_goes_on_from_what_it_did_elsewhere(machines: Machines) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,11 @@ from typing import Any
 import psutil
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from mlflow_server import MlflowServer
 from processes import environment, script, wait_for
+from ray_nodes import TwoNodes
+from sweeps import SWEEP_DEADLINE, start_sweep, write_sweep
 
 from sb3_mlflow_ckpt.journal import read_record
 from sb3_mlflow_ckpt.layout import RunFolder
@@ -38,44 +41,6 @@ entry_points:
       python -m sb3_mlflow_ckpt.trainer --total-timesteps {total_timesteps} --checkpoint-interval-episodes 5
       --keep-last-n-checkpoints 0 --device cpu --seed 1
 """
-_HIDDEN = "SB3_MLFLOW_CKPT_CHECKPOINT_DIR"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-def agent() -> dict[str, int]:
-    """Return a port of a node's own for what submits jobs: all nodes are on one machine, and so may be other clusters."""
-    return {"dashboard_agent_listen_port": free_port()}
-
-
-class TwoNodes:
-    """A cluster: a head that trains nothing, and two nodes with a checkpoint folder each."""
-
-    def __init__(self, folder: Path) -> None:
-        from ray.cluster_utils import Cluster
-
-        port = free_port()
-        memory = {"object_store_memory": 100 * 2**20}
-        head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port, **agent(), **memory}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.address = f"http://127.0.0.1:{port}"
-        self.folders = {name: folder / name for name in ("one", "other")}
-        self._nodes = {
-            name: self._cluster.add_node(num_cpus=1, env_vars={_HIDDEN: str(path)}, **agent(), **memory)
-            for name, path in self.folders.items()
-        }
-
-    def kill(self, name: str) -> None:
-        """Take a node away, as a power cut does."""
-        self._cluster.remove_node(self._nodes.pop(name), allow_graceful=False)
-
-    def shutdown(self) -> None:
-        self._cluster.shutdown()
-
-
 @pytest.fixture(scope="module")
 def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
@@ -97,11 +62,21 @@ def settings(tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch) -> 
     return project
 
 
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory: pytest.TempPathFactory, only_ray: None) -> Iterator[TwoNodes]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(RAY_USAGE_STATS_ENABLED="0").items():
+            patch.setenv(name, value)
+        nodes = TwoNodes(tmp_path_factory.mktemp("nodes"))
+        yield nodes
+        nodes.shutdown()
+
+
 @pytest.fixture
-def cluster(tmp_path: Path, settings: Path, only_ray: None) -> Iterator[TwoNodes]:
-    nodes = TwoNodes(tmp_path)
-    yield nodes
-    nodes.shutdown()
+def cluster(two_nodes: TwoNodes) -> TwoNodes:
+    """The cluster, both of whose nodes are there."""
+    two_nodes.complete()
+    return two_nodes
 
 
 def submit(project: Path, address: str, /, **given: Any) -> Any:
@@ -123,7 +98,7 @@ def test_a_node_is_lost_and_the_run_goes_on_at_the_other_from_mlflow(
     submitted = submit(settings, cluster.address)
     run_id = submitted.run_id
     wait_for(lambda: len(sent(client, run_id)) >= 3, "checkpoints in MLflow")
-    [lost] = [name for name, folder in cluster.folders.items() if folder.exists()]
+    [lost] = cluster.nodes_of(run_id)
     [other] = set(cluster.folders) - {lost}
     before = RunFolder(cluster.folders[lost], "ppo_agent", run_id)
     trainer = psutil.Process(read_record(before)["pid"])
@@ -144,6 +119,46 @@ def test_a_node_is_lost_and_the_run_goes_on_at_the_other_from_mlflow(
     assert set(sent(client, run_id)) >= set(read_ledger(after).saved)
 
 
+def test_a_trials_node_is_lost_and_it_goes_on_at_the_other_from_mlflow(
+    tmp_path: Path, cluster: TwoNodes, tracking: str
+) -> None:
+    client = MlflowClient(tracking)
+    file = write_sweep(
+        tmp_path,
+        training={"total_timesteps": 24_000, "mlflow": True, "tracking_uri": tracking, "checkpoint_interval_episodes": 5},
+        report_interval_timesteps=1_000_000,  # What Tune knows is no help.
+        resources={"cpu": 1},
+    )
+    driver = start_sweep(file, "--address", cluster.gcs)
+
+    def trials() -> list[Run]:
+        runs = client.search_runs(["0"], "tags.`sb3_mlflow_ckpt.sweep.trial` = '00000'")
+        return [run for run in runs if run.data.tags["sb3_mlflow_ckpt.run_id"].startswith("quick-")]
+
+    wait_for(lambda: trials() and len(sent(client, trials()[0].info.run_id)) >= 3, "checkpoints in MLflow", driver)
+    [run] = trials()
+    run_id = run.data.tags["sb3_mlflow_ckpt.run_id"]
+    [lost] = cluster.nodes_of(run_id)
+    [other] = set(cluster.folders) - {lost}
+    before = RunFolder(cluster.folders[lost], "ppo_agent", run_id)
+    process = psutil.Process(read_record(before)["pid"])
+    cluster.kill(lost)
+    wait_for(lambda: not process.is_running() or process.status() == "zombie", "the end of the node's trial")
+    left = committed_episodes(before)
+    assert driver.wait(SWEEP_DEADLINE) == 0, (tmp_path / "sweep.log").read_text()
+    assert committed_episodes(before) == left
+    after = RunFolder(cluster.folders[other], "ppo_agent", run_id)
+    record = read_record(after)
+    assert 0 < min(read_ledger(after).saved) - 5 <= max(left)
+    assert (record["status"], record["attempt"]) == ("completed", 2)
+    assert [(one.info.run_id, one.info.status) for one in trials()] == [(run.info.run_id, "FINISHED")]
+    # The driver sees neither disk, and tells what it came to all the same.
+    printed = (tmp_path / "sweep.log").read_text()
+    command = re.search(r"^Resume with: (.*)$", printed, re.MULTILINE)
+    assert command is not None and f"runs:/{run.info.run_id}/checkpoints/ep" in command[1], printed
+    assert next(tmp_path.glob("sweeps/*/curves.png")).exists()
+
+
 def test_a_trainer_that_is_killed_is_started_again_and_one_that_is_cancelled_saves_first(
     settings: Path, cluster: TwoNodes, tracking: str
 ) -> None:
@@ -152,7 +167,7 @@ def test_a_trainer_that_is_killed_is_started_again_and_one_that_is_cancelled_sav
     run_id = submitted.run_id
 
     def folders() -> list[RunFolder]:
-        return [RunFolder(f, "ppo_agent", run_id) for f in cluster.folders.values() if (f / "ppo_agent" / run_id / "run.json").exists()]
+        return [RunFolder(cluster.folders[name], "ppo_agent", run_id) for name in cluster.nodes_of(run_id)]
 
     wait_for(lambda: len(sent(client, run_id)) >= 2, "checkpoints in MLflow")
     [folder] = folders()

@@ -19,9 +19,10 @@ from sweeps import MOMENTS, kill_and_resume, records, restarted, run_sweep, word
 from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, load_checkpoint, prune_checkpoints, verify_checkpoint
 from sb3_mlflow_ckpt.errors import ConfigError
 from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.resume import newest_of_run, resolve_checkpoint
 from sb3_mlflow_ckpt.scale.search_space import Distribution
 from sb3_mlflow_ckpt.scale.sweep_config import build_sweep
-from sb3_mlflow_ckpt.scale.trial_start import EXPLOIT, trial_start
+from sb3_mlflow_ckpt.scale.trial_start import EXPLOIT, TrialStart, trial_start
 
 pytest.importorskip("ray.tune", reason="the extra [ray] is not installed")
 pytestmark = pytest.mark.usefixtures("only_ray")
@@ -35,9 +36,11 @@ def test_two_seeds_and_two_values_are_four_nested_runs_a_table_and_a_plot(tmp_pa
         seeds=[0, 1],
         search={"learning_rate": {"grid": [0.001, 0.0003]}},
         report_interval_timesteps=500,
+        storage_path=f"file://{tmp_path}/store",
     )
     done = run_sweep(file)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert len([*tmp_path.glob("store/*/run_trial_*/checkpoint_*/ep*.zip")]) >= 4
     trials = records(tmp_path)
     values = [(r["config"]["seed"], r["config"]["learning_rate"], r["status"]) for r in trials.values()]
     assert sorted(values) == [(seed, rate, "completed") for seed in (0, 1) for rate in (0.0003, 0.001)]
@@ -80,11 +83,12 @@ def test_a_population_clones_exactly_and_its_lineage_says_what_was_perturbed(tmp
     names = ("gamma", "gae_lambda", "ent_coef", "vf_coef", "clip_range", "max_grad_norm")
     file = write_sweep(
         tmp_path,
-        training={"total_timesteps": 4096, "learning_rate": 0, "keep_last_n_checkpoints": 1},
+        training={"total_timesteps": 4096, "learning_rate": 0, "keep_last_n_checkpoints": 0},
         seeds=[0, 1],
         search={f"hyperparameters.{name}": {"uniform": [0.1, 0.9]} for name in names},
         scheduler="pbt",
-        pbt={"perturbation_interval": 1024, "quantile_fraction": 0.5, "resample_probability": 0.5},
+        # At each interval all are compared: three clones with six values each, whichever process is the faster.
+        pbt={"perturbation_interval": 1024, "quantile_fraction": 0.5, "resample_probability": 0.5, "synch": True},
         report_interval_timesteps=512,
     )
     done = run_sweep(file)
@@ -96,7 +100,11 @@ def test_a_population_clones_exactly_and_its_lineage_says_what_was_perturbed(tmp
         change["from"] != change["to"] for s in steps for change in s["perturbed"].values() if change["by"] != "kept"
     )
 
-    kept = {verify_checkpoint(path).files[0].sha256: path for path in tmp_path.glob("sweeps/*/run_trial_*/*/ep*.zip")}
+    for trial in tmp_path.glob("sweeps/*/run_trial_*"):
+        # Of eight reports: what has been compared last and since, and what another went on from.
+        assert 1 <= len([*trial.glob("checkpoint_*")]) <= 4
+
+    kept = {verify_checkpoint(path).files[0].sha256: path for path in tmp_path.glob("checkpoints/*/*/ep*.zip")}
     for record in records(tmp_path).values():
         facts = record["sweep"]
         assert facts["generation"] == len(facts["lineage"]) and record["status"] == "completed"
@@ -130,32 +138,35 @@ def _trained(folder: Path, run_id: str, rate: float, seed: int) -> Path:
 
 def test_a_clone_learns_with_its_own_rate_from_the_first_update(tmp_path: Path) -> None:
     donor = _trained(tmp_path, "donor", 0.001, seed=1)
-    folder = RunFolder(tmp_path / "checkpoints", "ppo_agent", "clone")
     _trained(tmp_path, "clone", 0.5, seed=2)
     space = {"learning_rate": Distribution("loguniform", (1e-5, 1.0))}
     config: dict[str, Any] = {"learning_rate": 0.0, EXPLOIT: "one"}
-    start = trial_start(folder, config, donor, space)
-    assert start.checkpoint == donor and start.generation == 1
+    def go_on(config: dict[str, Any], *handed: Path) -> TrialStart:
+        given = [resolve_checkpoint(str(path), checkpoint_dir=str(path.parent), agent_id="") for path in handed]
+        own = newest_of_run("clone", checkpoint_dir=str(tmp_path / "checkpoints"), tracked=False)
+        return trial_start("clone", config, own, *given or [None], space)
+
+    start = go_on(config, donor)
+    assert start.source is not None and start.source.path == donor and start.generation == 1
     assert start.donor is not None and start.donor["run_id"] == "donor"
     sweep = build_sweep({"training": {"total_timesteps": 192, "mlflow": False}}, "sweep.yaml")
     training = sweep.trial_config(
         start.hyperparameters,
         run_id="clone",
         checkpoint_dir=str(tmp_path / "checkpoints"),
-        resume_from_checkpoint=str(start.checkpoint),
     )
     from sb3_mlflow_ckpt.trainer import SweepPlace, train
 
     facts = {"id": "s", "trial": "0", **start.facts()}
-    result = train(training, sweep=SweepPlace(facts))
+    result = train(training, sweep=SweepPlace(facts, source=start.source))
     assert result.num_timesteps == 192 and result.checkpoint is not None
     # With the donor's rate, an update would have changed them.
     _same_weights(result.checkpoint, donor)
     # The same clone is not taken up twice; what it has saved since is the newest.
-    again = trial_start(folder, config, donor, space)
-    assert again.checkpoint == result.checkpoint and again.generation == 1
+    again = go_on(config, donor)
+    assert again.source is not None and again.source.path == result.checkpoint and again.generation == 1
     # Nor does a snapshot from before the exploit bring the trial back behind it.
-    assert trial_start(folder, {"learning_rate": 0.5}, None, space).hyperparameters == {"learning_rate": 0.0}
+    assert go_on({"learning_rate": 0.5}).hyperparameters == {"learning_rate": 0.0}
 
 
 def test_what_was_reported_is_whole_after_retention_has_removed_it_from_the_run(tmp_path: Path) -> None:
@@ -223,7 +234,6 @@ def test_a_trial_that_asha_stops_is_killed_and_one_that_raises_has_failed(tmp_pa
         ),
         ({"seeds": [1, 1]}, "seeds: [1, 1] names a seed twice (from s.yaml). Name each once"),
         ({"name": "../x"}, "name: '../x' holds a character that separates or is reserved in paths"),
-        ({"storage_path": "s3://b/x"}, "storage_path: 's3://b/x' is an address (from s.yaml). Give a folder"),
         (
             {"scheduler": "pbt", "samples": 4, "search": {"n_envs": {"choice": [1, 2]}}},
             "search.n_envs: cannot change within a training, as pbt would have it (from s.yaml)",
@@ -239,6 +249,16 @@ def test_a_sweep_that_cannot_be_used_is_refused_with_its_cause(values: dict[str,
     with pytest.raises(ConfigError) as refused:
         build_sweep(values, "s.yaml")
     assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize("address", ["nostore://x", "s3://sweeps?endpoint_override=http://user:secret@127.0.0.1:9&scheme=http"])
+def test_a_store_that_cannot_be_used_is_refused_before_anything_starts(address: str, tmp_path: Path) -> None:
+    file = write_sweep(tmp_path, storage_path=address)
+    done = run_sweep(file, env=environment(AWS_ACCESS_KEY_ID="x", AWS_SECRET_ACCESS_KEY="y", AWS_MAX_ATTEMPTS="1"))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"Error: storage_path: {address[:8]}") and done.stderr.count("\n") == 1
+    assert "secret" not in done.stderr
+    assert not (tmp_path / "sweeps").exists()
 
 
 def test_a_wrong_sweep_yaml_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
