@@ -14,6 +14,8 @@ from sb3_mlflow_ckpt.redaction import redact
 
 _OBJECT_STORE_BYTES = 100 * 2**20
 _KNOCK_SECONDS = 5.0
+# They say how to restore with Tune's own API, which is not how a sweep is resumed, and complain of frequent reports.
+_TUNE_ASIDES = ("ray.tune.tune", "ray.tune.analysis.experiment_analysis", "ray.tune.execution.experiment_state")
 
 
 @contextmanager
@@ -40,14 +42,15 @@ def ray_session(address: str | None, num_cpus: int | None = None) -> Iterator[No
     try:
         if address is None:
             # Not "auto": a file that a dead cluster left would be believed.
-            ray.init(
-                "local",
-                num_cpus=num_cpus,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
+            with _in_groups_of_their_own():
+                ray.init(
+                    "local",
+                    num_cpus=num_cpus,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                )
         else:
             _knock(address)
             ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
@@ -55,12 +58,41 @@ def ray_session(address: str | None, num_cpus: int | None = None) -> Iterator[No
         cause = " ".join(redact(str(error)).split())[:300]
         hint = "Start one with: ray start --head, or leave --address out"
         raise ConfigError("address", f"no Ray answers: {cause}", hint=hint) from error
+    for name in _TUNE_ASIDES:
+        logging.getLogger(name).setLevel(logging.ERROR)
     # A trial's own process is what lets go of its environments and its run folder.
     warnings.filterwarnings("ignore", message=".*reuse_actors.*")
     try:
         yield
     finally:
         ray.shutdown()
+
+
+_apart = False
+
+
+@contextmanager
+def _in_groups_of_their_own() -> Iterator[None]:
+    """Have what is started meanwhile hear no signal that is meant for the driver's process group.
+
+    Ray shields its processes from Ctrl-C alone: `timeout` and others send SIGTERM to the whole group, and a driver
+    whose Ray is gone hangs. It dies with the driver all the same.
+    """
+    global _apart
+    _apart = True
+    try:
+        yield
+    finally:
+        _apart = False
+
+
+def _leave_the_group() -> None:
+    if _apart:
+        os.setpgid(0, 0)
+
+
+# Python calls it in what is started with a `preexec_fn` as well, and that is how Ray starts its own.
+os.register_at_fork(after_in_child=_leave_the_group)
 
 
 def _knock(address: str) -> None:

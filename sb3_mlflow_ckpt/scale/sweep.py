@@ -25,7 +25,7 @@ from sb3_mlflow_ckpt.scale.search_space import PERTURBATION_FACTORS
 from sb3_mlflow_ckpt.scale.sweep_closing import TrialCloser, noting
 from sb3_mlflow_ckpt.scale.sweep_config import SweepConfig
 from sb3_mlflow_ckpt.scale.sweep_run import SweepRun
-from sb3_mlflow_ckpt.scale.sweep_signals import SweepSignals
+from sb3_mlflow_ckpt.scale.sweep_signals import SweepSignals, passing_on
 from sb3_mlflow_ckpt.scale.trial import TrialPlan, run_trial
 from sb3_mlflow_ckpt.scale.trial_start import EXPLOIT
 
@@ -106,7 +106,7 @@ def _run(
 ) -> SweepResult:
     known = strict_json.loads(atomic.read_bytes(folder.record)) if folder.record.exists() else {}
     seed = known.get("seed", secrets.randbelow(2**31))
-    with SweepSignals() as signals, SweepRun(sweep, folder.sweep_id, known) as run:
+    with SweepSignals(tell) as signals, SweepRun(sweep, folder.sweep_id, known) as run:
         plan = TrialPlan(
             sweep=sweep,
             sweep_id=folder.sweep_id,
@@ -178,7 +178,7 @@ def _tuner(plan: TrialPlan, storage: _Storage, closer: TrialCloser, seed: int) -
                 num_to_keep=None if sweep.scheduler == "pbt" else _TUNE_CHECKPOINTS
             ),
             failure_config=tune.FailureConfig(max_failures=sweep.max_failures),
-            callbacks=[callback],
+            callbacks=[callback, passing_on()],
             verbose=0,
         ),
     )

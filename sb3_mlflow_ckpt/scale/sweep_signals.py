@@ -1,26 +1,50 @@
-"""Owns how the driver of a sweep is stopped: a signal has Ray Tune end its trials and keep its state for a resume."""
+"""Owns how the driver of a sweep is stopped: a signal has Ray Tune end its trials and keep its state for a resume.
+
+A second one, a second or more after it, ends the driver at once, and Ray and the trials with it: a resume goes on from
+what they have saved, as after a kill.
+"""
 
 from __future__ import annotations
 
 import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sb3_mlflow_ckpt.leaving import leave
 from sb3_mlflow_ckpt.signal_watch import watch
+
+if TYPE_CHECKING:
+    from ray.tune import Callback
+
+# One Ctrl-C may come twice: from the terminal, and from the program that started this one.
+_SAME_SECONDS = 1.0
 
 
 class SweepSignals:
     """Passes what the driver hears to Ray Tune, while it runs: enter it when Ray is there.
 
+    Args:
+        tell: Is given a line at the first signal.
+
     Attributes:
         received: The first signal's number, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None]) -> None:
         self.received: int | None = None
+        self._tell = tell
+        self._since = 0.0
+        self._told = self._passed_on = False
+        self._lock = threading.Lock()
         self._before: Any = None
 
     def __enter__(self) -> SweepSignals:
+        global _signals
+        _signals = self
         if watch.add(self):
             # Ray has set one that ends the process at once; Tune listens to SIGINT alone.
             self._before = signal.signal(signal.SIGTERM, self._as_interrupt)
@@ -32,13 +56,53 @@ class SweepSignals:
         watch.discard(self)
 
     def heard(self, signum: int) -> None:
-        """Take note of a signal; the command must not end at once, as it does where nothing is under way."""
-        if self.received is None:
-            self.received = signum
+        """Take note of a signal; a second one ends the process."""
+        with self._lock:
+            if self.received is None:
+                self.received, self._since = signum, time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            # It may come here late, of a signal that the other thread has heard long ago.
+            return
+        if not self._told:
+            self._told = True
+            self._tell("Interrupted: the trials are being ended. Once more ends at once; --resume goes on after either")
+        elif time.monotonic() - self._since > _SAME_SECONDS and not hasattr(sys, "ps1"):
+            # A notebook is not ended: it holds more than this sweep.
+            leave(128 + self.received, "Interrupted again, and ended at once; go on with the same command and --resume")
 
     def interrupt(self, signum: int, frame: FrameType | None) -> None:
-        """Do nothing: Tune listens itself."""
+        """Do nothing: Tune listens itself, or is told when it does."""
+
+    def pass_on(self) -> None:
+        """Tell Tune of a signal: what came before it listened it did not hear."""
+        if self.received is None or self._passed_on:
+            return
+        self._passed_on = True
+        handler = signal.getsignal(signal.SIGINT)
+        if callable(handler):
+            # Called, not raised: that would be heard as a second signal.
+            handler(signal.SIGINT, None)
 
     def _as_interrupt(self, signum: int, frame: FrameType | None) -> None:
         self.heard(signum)
-        signal.raise_signal(signal.SIGINT)
+
+
+_signals: SweepSignals | None = None
+
+
+def passing_on() -> Callback:
+    """Return the callback by which Tune hears of the signals of this process.
+
+    It holds nothing: Tune writes it down with its snapshot, and a restored sweep has signals of its own.
+    """
+    from ray.tune import Callback
+
+    class _PassingOn(Callback):
+        def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            if _signals is not None:
+                _signals.pass_on()
+
+        def __reduce__(self) -> Any:
+            return passing_on, ()
+
+    return _PassingOn()

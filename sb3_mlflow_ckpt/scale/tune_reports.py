@@ -12,10 +12,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mlflow_ckpt.callback import EpisodeCheckpointCallback
 from sb3_mlflow_ckpt.errors import CheckpointNotFoundError, TrainingStopped
-from sb3_mlflow_ckpt.layout import chunk_path, entry_chunk, metadata_path
+from sb3_mlflow_ckpt.layout import chunk_path, metadata_path
 from sb3_mlflow_ckpt.leases import lease_checkpoint
 from sb3_mlflow_ckpt.leaving import temporary_folder
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata
+from sb3_mlflow_ckpt.replay_sweep import needed_chunks
 from sb3_mlflow_ckpt.trainer import ResolvedTraining
 from sb3_mlflow_ckpt.verification import read_metadata
 
@@ -149,15 +150,20 @@ def staged(path: Path) -> Iterator[tuple[Path, CheckpointMetadata]]:
 
 
 def _lay_out(path: Path, folder: Path) -> CheckpointMetadata:
-    metadata = read_metadata(path)
-    for entry in metadata.files:
-        if (name := entry_chunk(entry.name)) is not None:
+    """Lay out a checkpoint; one that is saved anew under the same episode meanwhile is begun again."""
+    while True:
+        metadata = read_metadata(path, settle=False)
+        for name in needed_chunks(metadata):
             target = chunk_path(folder, name)
             target.parent.mkdir(exist_ok=True)
             _link(chunk_path(path.parent, name), target)
-    for source in (path, metadata_path(path)):
-        _link(source, folder / source.name)
-    return metadata
+        for source in (path, metadata_path(path)):
+            _link(source, folder / source.name)
+        # The zip came between the two readings: where they agree, it is theirs.
+        if read_metadata(folder / path.name, settle=False) == metadata:
+            return read_metadata(folder / path.name)
+        shutil.rmtree(folder)
+        folder.mkdir()
 
 
 def _link(source: Path, target: Path) -> None:
