@@ -8,7 +8,28 @@ from typing import Any
 from sb3_mlflow_ckpt.printable import printable
 
 
-class CheckpointError(Exception):
+def _made_again(kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> BaseException:
+    # Of several builtins among its bases, this one has a layout of its own.
+    error = (OSError if issubclass(kind, OSError) else kind).__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    if isinstance(error, SystemExit):
+        error.code = args[0]
+    return error
+
+
+class _Portable:
+    """An error that can be copied, and can come from another process.
+
+    As a rule `__init__` would be called again, with the message alone.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        assert isinstance(self, BaseException)
+        return _made_again, (type(self), self.args, self.__dict__)
+
+
+class CheckpointError(_Portable, Exception):
     """Root of everything that this package raises about checkpoints and run folders."""
 
 
@@ -117,7 +138,7 @@ class InvalidIdError(CheckpointError, ValueError):
     """An agent id or run id could leave its folder, or cannot name one everywhere."""
 
 
-class InvalidQueryError(ValueError):
+class InvalidQueryError(_Portable, ValueError):
     """A question about runs that cannot be answered as it is asked.
 
     Args:
@@ -168,7 +189,7 @@ class RunFolderBusyError(CheckpointError, RuntimeError):
         )
 
 
-class ConfigError(ValueError):
+class ConfigError(_Portable, ValueError):
     """One setting cannot be used.
 
     Args:
@@ -185,7 +206,7 @@ class ConfigError(ValueError):
         super().__init__(f"{key}: {problem}{origin}" + (f". {hint}" if hint else ""))
 
 
-class MirrorUnavailableError(ConnectionError):
+class MirrorUnavailableError(_Portable, ConnectionError):
     """An MLflow server or a database does not answer, or refuses what it is asked.
 
     Args:
@@ -216,7 +237,7 @@ class MirrorUnavailableError(ConnectionError):
         return copy
 
 
-class ClusterError(RuntimeError):
+class ClusterError(_Portable, RuntimeError):
     """A cluster cannot be used as it is asked for.
 
     Args:
@@ -244,7 +265,7 @@ class MissingRayError(ClusterError, ImportError):
         super().__init__(f"Ray cannot be imported ({cause})", "Install it with: pip install 'sb3-mlflow-ckpt[ray]'")
 
 
-class TrainingInterrupted(SystemExit):
+class TrainingInterrupted(_Portable, SystemExit):
     """Training stopped on a signal after its state was saved; the exit code is 128 + the signal's number.
 
     Args:
@@ -258,7 +279,7 @@ class TrainingInterrupted(SystemExit):
         super().__init__(128 + signum)
 
 
-class TrainingStopped(SystemExit):
+class TrainingStopped(_Portable, SystemExit):
     """Whoever runs the training has it stop here; the last checkpoint is what it may go on from. The exit code is 0."""
 
     def __init__(self) -> None:
