@@ -47,7 +47,15 @@ class Distribution:
     @property
     def samples(self) -> tuple[Any, ...]:
         """Values whose being valid settings tells that all are: each, or the ends."""
-        return (self.values[0], self.values[1] - 1) if self.kind == "randint" else self.values
+        if self.kind == "randint":
+            return (self.values[0], self.values[1] - 1)
+        # Between the ends there are hardly whole numbers, which some settings need.
+        return (*self.values, sum(self.values) / 2 + 0.1234) if self.is_continuous else self.values
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether it draws fractions."""
+        return self.kind in ("uniform", "loguniform")
 
     def domain(self) -> Any:
         """Return it as Ray Tune takes it."""
@@ -71,16 +79,16 @@ class Distribution:
         return min(max(value, low), high - 1 if self.kind == "randint" else high)
 
     def operation(self, before: Any, after: Any) -> str:
-        """Return what a perturbation did to a value: kept, `* 1.2`, shift or resample."""
+        """Return what a perturbation did to a value: kept, `* 1.2`, clamped (to an end), shift or resample."""
         if after == before:
             return "kept"
         if self.kind == "choice":
             near = before in self.values and abs(self.values.index(before) - self.values.index(after)) == 1
             return "shift" if near else "resample"
         for factor in PERTURBATION_FACTORS:
-            product = self.within(round(before * factor) if self.kind == "randint" else before * factor)
-            if math.isclose(after, product, rel_tol=1e-12):
-                return f"* {factor}"
+            product = round(before * factor) if self.kind == "randint" else before * factor
+            if math.isclose(after, self.within(product), rel_tol=1e-12):
+                return f"* {factor}" if self.within(product) == product else "clamped"
         return "resample"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import secrets
@@ -191,7 +192,7 @@ def _scheduler(sweep: SweepConfig) -> Any:
         return ASHAScheduler(
             time_attr="num_timesteps",
             max_t=sweep.trial_config({}).total_timesteps,
-            grace_period=sweep.asha.grace_period or sweep.report_interval_timesteps,
+            grace_period=sweep.grace_period,
             reduction_factor=sweep.asha.reduction_factor,
         )
     if sweep.scheduler == "pbt":
@@ -215,9 +216,17 @@ def _explored(config: dict[str, Any], space: Mapping[str, Any]) -> dict[str, Any
 
 
 def _check_algorithm(sweep: SweepConfig) -> None:
-    config = sweep.trial_config({})
-    names = {key.partition(".")[2]: None for key in sweep.search if key.startswith("hyperparameters.")}
-    check_hyperparameters(algorithm_class(config.algo), {**config.hyperparameters, **names})
+    """Raise a ConfigError for arguments that an algorithm does not take, or takes as whole numbers only."""
+    searched = {key.partition(".")[2]: d for key, d in sweep.space.items() if key.startswith("hyperparameters.")}
+    algos = sweep.space["algo"].values if "algo" in sweep.space else [sweep.trial_config({}).algo]
+    for algo in algos:
+        model_class = algorithm_class(algo)
+        check_hyperparameters(model_class, {**sweep.trial_config({"algo": algo}).hyperparameters, **searched})
+        types = {name: p.annotation for name, p in inspect.signature(model_class).parameters.items()}
+        for name, distribution in searched.items():
+            if distribution.is_continuous and types.get(name) in (int, "int"):
+                problem = f"{distribution.kind} draws fractions, and {algo} takes whole numbers"
+                raise ConfigError(f"search.hyperparameters.{name}", problem, hint="Write randint: [low, high]")
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from sb3_mlflow_ckpt.config import Integer, Layer, Number, TrainingConfig, build_config, nearest
+from sb3_mlflow_ckpt.config import (
+    Integer,
+    Layer,
+    Number,
+    TrainingConfig,
+    build_config,
+    inheritable_fields,
+    nearest,
+)
 from sb3_mlflow_ckpt.errors import ConfigError, InvalidIdError
 from sb3_mlflow_ckpt.layout import check_id
 from sb3_mlflow_ckpt.scale.search_space import Distribution
@@ -24,18 +33,16 @@ _THE_SWEEPS_OWN = {
 }
 # What is sampled is a setting, or a key of one of these.
 _MAPPINGS = ("hyperparameters", "env_kwargs")
-# Of these a training keeps what it began with.
-_PERTURBED_NEVER = (
-    "n_envs",
-    "frame_stack",
-    "env_kwargs",
-    "env_wrappers",
-    "env_id",
-    "algo",
-    "policy",
-    "hyperparameters",
+# What a checkpoint's tensors have their shape or kind from.
+_PERTURBED_NEVER = ("n_steps", "buffer_size", "policy_kwargs", "use_sde", "use_rms_prop")
+# Beside the learning rate and the algorithm's arguments: how checkpoints are kept.
+_PERTURBED_SETTINGS = (
+    "learning_rate",
+    "checkpoint_interval_episodes",
+    "keep_last_n_checkpoints",
+    "keep_best_n",
+    "keep_every_n_episodes",
 )
-_PERTURBED_NEVER_KEYS = ("hyperparameters.n_steps", "hyperparameters.buffer_size", "hyperparameters.policy_kwargs")
 
 
 class Resources(BaseModel):
@@ -100,6 +107,23 @@ class SweepConfig(BaseModel):
     def perturbation_interval(self) -> int:
         """Environment steps between two comparisons of a population."""
         return self.pbt.perturbation_interval or 2 * self.report_interval_timesteps
+
+    @property
+    def grace_period(self) -> int:
+        """Environment steps that ASHA lets every trial train."""
+        return self.asha.grace_period or self.report_interval_timesteps
+
+    @property
+    def trials(self) -> int:
+        """How many trials there are."""
+        grids = (len(distribution.values) for distribution in self.space.values() if distribution.kind == "grid")
+        return self.samples * len(self.seeds) * math.prod(grids)
+
+    @property
+    def agent_id(self) -> str:
+        """The agent whose runs the trials are, whichever algorithm each trains."""
+        config = self.trial_config({})
+        return f"{self.name}_agent" if config.agent_id is None and "algo" in self.search else config.agent
 
     @property
     def space(self) -> dict[str, Distribution]:
@@ -184,12 +208,15 @@ def _check(sweep: SweepConfig, source: str) -> None:
 
 
 def _check_search(sweep: SweepConfig, source: str) -> None:
+    allowed = [name for name in inheritable_fields() if name not in ("agent_id", *_THE_SWEEPS_OWN)]
     for key, value in sweep.search.items():
         name, _, inner = key.partition(".")
         if name in _THE_SWEEPS_OWN:
             raise ConfigError(f"search.{key}", "is not searched over", source, _THE_SWEEPS_OWN[name].capitalize())
-        if name not in TrainingConfig.model_fields or (inner and name not in _MAPPINGS):
-            known = [*TrainingConfig.model_fields, *(f"{mapping}.name" for mapping in _MAPPINGS)]
+        if name in TrainingConfig.model_fields and name not in allowed:
+            raise ConfigError(f"search.{key}", "is not searched over", source, "It is the same for all: 'training:'")
+        if name not in allowed or (inner and name not in _MAPPINGS):
+            known = [*allowed, *(f"{mapping}.name" for mapping in _MAPPINGS)]
             hint = nearest(key[:80], known) or "An argument of the algorithm is hyperparameters.<name>"
             raise ConfigError(f"search.{key}", "is not a setting", source, hint)
         try:
@@ -198,6 +225,19 @@ def _check_search(sweep: SweepConfig, source: str) -> None:
             raise ConfigError(f"search.{key}", str(error), source) from error
         for sample in distribution.samples:
             sweep.trial_config({key: sample}, f"{source}, search")
+    _check_scheduler(sweep, source)
+
+
+def _check_scheduler(sweep: SweepConfig, source: str) -> None:
+    target = sweep.trial_config({}).total_timesteps
+    compared, key = {
+        "fifo": (0, ""),
+        "asha": (sweep.grace_period, "asha.grace_period"),
+        "pbt": (sweep.perturbation_interval, "pbt.perturbation_interval"),
+    }[sweep.scheduler]
+    if compared > target:
+        problem = f"{compared} is more than the {target} steps of a training, so that none is ever compared"
+        raise ConfigError(key, problem, source, "Give fewer, or a smaller report_interval_timesteps")
     if sweep.scheduler == "pbt":
         _check_population(sweep, source)
 
@@ -209,11 +249,13 @@ def _check_population(sweep: SweepConfig, source: str) -> None:
             "search", "gives pbt nothing to perturb", source, "Add, say, learning_rate: {loguniform: ...}"
         )
     for key in perturbed:
-        if key in (*_PERTURBED_NEVER, *_PERTURBED_NEVER_KEYS) or key.startswith("env_kwargs."):
+        name, _, inner = key.partition(".")
+        if key not in _PERTURBED_SETTINGS and (name != "hyperparameters" or not inner or inner in _PERTURBED_NEVER):
             hint = f"Set it under 'training:', or write {key}: {{grid: [...]}}"
             raise ConfigError(f"search.{key}", "cannot change within a training, as pbt would have it", source, hint)
-    grid = 1
-    for distribution in sweep.space.values():
-        grid *= len(distribution.values) if distribution.kind == "grid" else 1
-    if sweep.samples * len(sweep.seeds) * grid < 2:
+    if sweep.trials < 2:
         raise ConfigError("samples", f"{sweep.samples} makes a population of one", source, "Give pbt at least 2")
+    if sweep.concurrency is not None and sweep.concurrency < sweep.trials:
+        # Tune counts those that wait: the others would begin when the first have ended.
+        problem = f"{sweep.concurrency} would split the population of {sweep.trials}"
+        raise ConfigError("concurrency", problem, source, "Leave it out; 'resources:' says how many train at once")

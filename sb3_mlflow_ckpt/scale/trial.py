@@ -59,9 +59,8 @@ class TrialPlan:
 
     def folder_of_run(self, run_id: str) -> RunFolder:
         """Return where the run of a trial is kept at this machine."""
-        agent = self.sweep.trial_config({}).agent
         place = os.environ.get(_CHECKPOINT_DIR) or self.checkpoint_dir
-        return RunFolder(Path(place).expanduser().absolute(), agent, run_id)
+        return RunFolder(Path(place).expanduser().absolute(), self.sweep.agent_id, run_id)
 
 
 def run_trial(config: Mapping[str, Any], plan: TrialPlan) -> None:
@@ -99,6 +98,7 @@ def run_trial(config: Mapping[str, Any], plan: TrialPlan) -> None:
 def _training(plan: TrialPlan, folder: RunFolder, start: TrialStart) -> TrainingConfig:
     own: dict[str, Any] = {
         "run_id": folder.run_id,
+        "agent_id": folder.agent_id,
         "checkpoint_dir": str(folder.checkpoint_dir),
         "run_name": folder.run_id,
     }

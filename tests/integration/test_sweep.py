@@ -81,7 +81,7 @@ def test_a_sweep_whose_driver_was_killed_goes_on_from_its_checkpoints_even_if_tu
 def test_a_population_clones_exactly_and_its_lineage_says_what_was_perturbed(tmp_path: Path) -> None:
     # A learning rate of 0 keeps each member's weights as they are, so that a clone's are its donor's for good.
     names = ("gamma", "gae_lambda", "ent_coef", "vf_coef", "clip_range", "clip_range_vf", "max_grad_norm", "target_kl")
-    others = ("heartbeat_seconds", "sync_timeout_seconds", "grace_seconds", "keep_every_n_episodes")
+    others = ("checkpoint_interval_episodes", "keep_best_n", "keep_every_n_episodes")
     file = write_sweep(
         tmp_path,
         training={
@@ -91,7 +91,7 @@ def test_a_population_clones_exactly_and_its_lineage_says_what_was_perturbed(tmp
         seeds=[0, 1],
         search={
             **{f"hyperparameters.{name}": {"uniform": [0.1, 0.9]} for name in names},
-            **{name: {"randint": [50, 90]} for name in others},
+            **{name: {"randint": [5, 9]} for name in others},
         },
         scheduler="pbt",
         # Whichever process is the faster, both are compared; of so many values some are drawn anew, and some not.
@@ -247,6 +247,26 @@ def test_a_trial_that_asha_stops_is_killed_and_one_that_raises_has_failed(tmp_pa
             "search.n_envs: cannot change within a training, as pbt would have it (from s.yaml)",
         ),
         (
+            {"scheduler": "pbt", "samples": 4, "search": {"hyperparameters.use_sde": {"choice": [True, False]}}},
+            "search.hyperparameters.use_sde: cannot change within a training, as pbt would have it (from s.yaml)",
+        ),
+        (
+            {"scheduler": "pbt", "samples": 4, "concurrency": 2, "search": {"learning_rate": {"uniform": [0.1, 0.2]}}},
+            "concurrency: 2 would split the population of 4 (from s.yaml). Leave it out",
+        ),
+        (
+            {"scheduler": "asha", "training": {"total_timesteps": 5000}},
+            "asha.grace_period: 10000 is more than the 5000 steps of a training",
+        ),
+        (
+            {"search": {"n_envs": {"uniform": [1, 4]}}},
+            "n_envs: 2.6234 is not valid",
+        ),
+        (
+            {"search": {"checkpoint_dir": {"choice": ["a", "b"]}}},
+            "search.checkpoint_dir: is not searched over (from s.yaml). It is the same for all: 'training:'",
+        ),
+        (
             {"scheduler": "pbt", "search": {"learning_rate": {"uniform": [0.1, 0.2]}}},
             "samples: 1 makes a population of one (from s.yaml). Give pbt at least 2",
         ),
@@ -278,9 +298,20 @@ def test_a_wrong_sweep_yaml_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert done.stderr == "Error: seeds: '3' is not valid: input should be a valid list (from sweep.yaml)\n"
 
 
+def test_what_an_algorithm_takes_as_a_whole_number_is_not_drawn_as_a_fraction(tmp_path: Path) -> None:
+    done = run_sweep(write_sweep(tmp_path, search={"hyperparameters.n_epochs": {"uniform": [1, 4]}}))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "Error: search.hyperparameters.n_epochs: uniform draws fractions, and ppo takes whole numbers. "
+        "Write randint: [low, high]\n"
+    )
+
+
 def test_a_perturbation_stays_within_the_bounds_of_its_search_space() -> None:
     gamma = Distribution("uniform", (0.9, 0.999))
     assert gamma.within(0.99 * 1.2) == 0.999
-    assert gamma.operation(0.99, 0.999) == "* 1.2"
+    assert gamma.operation(0.99, 0.999) == "clamped"
+    assert gamma.operation(0.99, 0.99 * 0.8) == "resample"  # It lies beyond the end.
+    assert Distribution("uniform", (0.1, 0.9)).operation(0.5, 0.6) == "* 1.2"
     assert gamma.operation(0.99, 0.95) == "resample"
     assert Distribution("choice", (1, 2, 3)).operation(1, 2) == "shift"
