@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import unicodedata
 import uuid
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -218,11 +217,6 @@ class SweepFolder:
     def run_id(self, trial_id: str) -> str:
         """Return the id of a trial's run: the sweep's, and the number that Ray Tune gave the trial."""
         return f"{self.sweep_id}-{trial_id.rpartition('_')[2]}"
-
-
-def checkpoint_in(folder: Path, names: Iterable[str]) -> Path | None:
-    """Return the zip among the names in a folder that holds one checkpoint, or None."""
-    return next((folder / name for name in names if model_episode(name) is not None), None)
 
 
 def pin_path(model_path: Path) -> Path:

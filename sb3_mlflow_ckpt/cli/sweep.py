@@ -39,7 +39,10 @@ def sweep_command(ctx: click.Context, sweep_file: str, resume: bool, address: st
     configure_logging(Console(stderr=True))
     result = run_sweep(sweep, resume=resume, address=address, starting=_starting, tell=_say, ending=_ending)
     if result.signum is not None:
-        _say(f"Interrupted; go on with: sb3-mlflow-ckpt sweep {sweep_file} --resume")
+        from sb3_mlflow_ckpt.resume_commands import shell_word
+
+        at = f" --address {shell_word(address)}" if address is not None else ""
+        _say(f"Interrupted; go on with: sb3-mlflow-ckpt sweep {shell_word(sweep_file)} --resume{at}")
         ctx.exit(128 + result.signum)
     if result.status != "completed":
         ctx.exit(FAILURE_EXIT_CODE)

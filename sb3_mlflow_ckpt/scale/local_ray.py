@@ -19,18 +19,19 @@ _TUNE_ASIDES = ("ray.tune.tune", "ray.tune.analysis.experiment_analysis", "ray.t
 
 
 @contextmanager
-def ray_session(address: str | None, num_cpus: int | None = None) -> Iterator[None]:
+def ray_session(address: str | None) -> Iterator[None]:
     """Connect to Ray, and leave it at the end.
 
     Args:
         address: The cluster; a Ray of its own, which ends with this process, where it is None.
-        num_cpus: Of a Ray of its own: what it says it has; what the machine has where it is None.
 
     Raises:
         ConfigError: Ray is not installed, or the cluster does not answer.
     """
     # Before it is imported: it reads them once.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A relative path in a setting means the same to a trial as to a plain training.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     # Trials report what they do; the driver's own words are few.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     try:
@@ -45,7 +46,7 @@ def ray_session(address: str | None, num_cpus: int | None = None) -> Iterator[No
             with _in_groups_of_their_own():
                 ray.init(
                     "local",
-                    num_cpus=num_cpus,
+                    num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
                     object_store_memory=_OBJECT_STORE_BYTES,
                     include_dashboard=False,
                     log_to_driver=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sb3_mlflow_ckpt.errors import CheckpointError
@@ -45,18 +46,27 @@ class TrialCloser:
         self._plan = plan
         self._tell = tell
         self._errors: dict[str, str | None] = {}
+        self._values: dict[str, Mapping[str, Any]] = {}
         # One at a time, and not in Tune's loop: a trial's process may take a while to let go.
         self._work = ThreadPoolExecutor(1, thread_name_prefix="closing")
         self.failed: set[str] = set()
 
     @property
-    def run_ids(self) -> tuple[str, ...]:
-        """The ids of the trials' runs, in the order of the trials."""
-        return tuple(sorted(self._plan.folder.run_id(trial_id) for trial_id in self._errors))
+    def trials(self) -> dict[str, Mapping[str, Any]]:
+        """How each trial's run ended as far as Tune knows, and its values, by the ids of the runs in their order."""
+        ended = {self._plan.folder.run_id(trial_id): trial_id for trial_id in self._errors}
+        return {
+            run_id: {
+                "status": "failed" if self._errors[trial_id] is not None else "interrupted",
+                "hyperparameters": self._values[trial_id],
+            }
+            for run_id, trial_id in sorted(ended.items())
+        }
 
     def started(self, trial_id: str, config: Mapping[str, Any]) -> None:
         """Note a trial that starts, or goes on."""
         self._errors[trial_id] = None
+        self._values[trial_id] = {key: value for key, value in config.items() if key != EXPLOIT}
         self.failed.discard(self._plan.folder.run_id(trial_id))
         own = () if EXPLOIT in config else ("seed",)
         values = "  ".join(f"{key} {short(config[key])}" for key in (*own, *self._plan.sweep.search) if key in config)
@@ -77,9 +87,10 @@ class TrialCloser:
         if sweep.scheduler == "pbt":
             remove_copies(checkpoint, trials, -(-sweep.perturbation_interval // sweep.report_interval_timesteps) + 1)
 
-    def known(self, trial_id: str, error: str | None) -> None:
+    def known(self, trial_id: str, config: Mapping[str, Any], error: str | None) -> None:
         """Note a trial of a sweep that has ended, whatever became of it."""
         self._errors.setdefault(trial_id, error)
+        self._values.setdefault(trial_id, {key: value for key, value in config.items() if key != EXPLOIT})
         if error is not None:
             self.failed.add(self._plan.folder.run_id(trial_id))
 
@@ -160,7 +171,7 @@ def make_callback() -> Callback:
 
         def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
             for trial in trials:
-                current().known(trial.trial_id, _reason(trial) if trial.status == "ERROR" else None)
+                current().known(trial.trial_id, trial.config, _reason(trial) if trial.status == "ERROR" else None)
 
         def __reduce__(self) -> Any:
             return make_callback, ()
@@ -175,6 +186,9 @@ def current() -> TrialCloser:
 
 
 def _reason(trial: Any) -> str:
-    error = trial.get_error()
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """Return why a trial failed last: from this machine's file, which Tune copies to its storage only later."""
+    try:
+        lines = [line.strip() for line in Path(trial.error_file).read_text().splitlines() if line.strip()]
+    except (OSError, TypeError):
+        lines = []
     return redact(lines[-1])[:300] if lines else "Ray Tune gave no reason"

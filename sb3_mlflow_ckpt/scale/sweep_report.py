@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ class SweepReport:
 
     Attributes:
         plan: The sweep.
-        rows: Its trials; one of which neither this machine's disk nor MLflow knows is left out.
+        rows: Its trials.
     """
 
     plan: TrialPlan
@@ -62,9 +62,20 @@ class SweepReport:
         ]
 
 
-def sweep_report(plan: TrialPlan, trial_ids: Sequence[str]) -> SweepReport:
-    """Return what the trials of a sweep came to."""
-    return SweepReport(plan, tuple(row for row in (trial_row(plan, trial_id) for trial_id in trial_ids) if row))
+def sweep_report(plan: TrialPlan, trials: Mapping[str, Mapping[str, Any]]) -> SweepReport:
+    """Return what the trials of a sweep came to.
+
+    Args:
+        plan: The sweep.
+        trials: Of each run, what is told where it has left no record: `status`, `hyperparameters`.
+    """
+    return SweepReport(plan, tuple(trial_row(plan, run_id) or _bare(run_id, known) for run_id, known in trials.items()))
+
+
+def _bare(run_id: str, known: Mapping[str, Any]) -> TrialRow:
+    """Return the row of a trial that ended before it had a record."""
+    facts = {"trial": run_id.rpartition("-")[2], "hyperparameters": known["hyperparameters"]}
+    return TrialRow(run_id, {"status": known["status"], "sweep": facts}, None, None, ())
 
 
 def interval_over_seeds(

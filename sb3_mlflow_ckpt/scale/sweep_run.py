@@ -12,7 +12,8 @@ from sb3_mlflow_ckpt.config import flatten
 from sb3_mlflow_ckpt.errors import MirrorUnavailableError
 from sb3_mlflow_ckpt.mirrors import naming
 from sb3_mlflow_ckpt.mirrors.patience import quick_requests, unavailable
-from sb3_mlflow_ckpt.mirrors.tracked_run import TrackedRun, absolute_uri
+from sb3_mlflow_ckpt.mirrors.tracked_run import TrackedRun, absolute_uri, found_run
+from sb3_mlflow_ckpt.redaction import hidden_in
 from sb3_mlflow_ckpt.runs.document import redact_all
 from sb3_mlflow_ckpt.scale.sweep_config import SweepConfig
 
@@ -40,12 +41,16 @@ class SweepRun:
         self._sweep_id = sweep_id
         self._config = sweep.trial_config({})
         self.run_id: str | None = known.get("mlflow_run_id")
+        uri = known.get("tracking_uri")
+        self._known_uri = uri if uri and not hidden_in(uri) else None
         self.tracking_uri: str | None = None
         self._ended = False
 
     def __enter__(self) -> SweepRun:
         if self._config.mlflow:
-            target = TrackedRun(self._config.tracking_uri, self._config.experiment_name, None)
+            # Of a sweep that is resumed in another folder, where a path of its own may mean something else.
+            before = self._known_uri if self._config.tracking_uri is None else None
+            target = TrackedRun(before or self._config.tracking_uri, self._config.experiment_name, None)
             self.tracking_uri = absolute_uri(target.uri)
             try:
                 with quick_requests():
@@ -63,8 +68,11 @@ class SweepRun:
         from mlflow.entities import Param, RunTag
 
         client = target.client
-        if self.run_id is not None:
-            client.update_run(self.run_id, status="RUNNING")
+        before = found_run(client, self.run_id) if self.run_id is not None else None
+        if before is not None:
+            if before.info.lifecycle_stage == "deleted":
+                client.restore_run(before.info.run_id)
+            client.update_run(before.info.run_id, status="RUNNING")
             return
         experiment = target.experiment_id()
         run = client.create_run(experiment, run_name=self._sweep_id, tags={SWEEP_TAG: self._sweep_id})

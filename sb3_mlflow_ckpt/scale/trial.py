@@ -13,11 +13,11 @@ from typing import Any
 
 from sb3_mlflow_ckpt.config import ENVIRONMENT_PREFIX, TrainingConfig
 from sb3_mlflow_ckpt.errors import CheckpointError, MirrorUnavailableError
-from sb3_mlflow_ckpt.layout import RunFolder, SweepFolder, checkpoint_in
+from sb3_mlflow_ckpt.layout import RunFolder, SweepFolder
 from sb3_mlflow_ckpt.ownership import FolderClaim
 from sb3_mlflow_ckpt.resume import ResumeSource, newest_of_run, resolve_checkpoint
 from sb3_mlflow_ckpt.scale.sweep_config import SweepConfig
-from sb3_mlflow_ckpt.scale.trial_start import TrialStart, trial_start
+from sb3_mlflow_ckpt.scale.trial_start import TrialStart, handed_checkpoint, trial_start
 
 logger = logging.getLogger(__name__)
 
@@ -145,10 +145,9 @@ def _handed() -> Iterator[ResumeSource | None]:
     with ExitStack() as stack:
         source = None
         try:
-            folder = Path(stack.enter_context(checkpoint.as_directory()))
-            path = checkpoint_in(folder, os.listdir(folder))
+            path = handed_checkpoint(Path(stack.enter_context(checkpoint.as_directory())))
             if path is not None:
-                source = resolve_checkpoint(str(path), checkpoint_dir=str(folder), agent_id="")
+                source = resolve_checkpoint(str(path), checkpoint_dir=str(path.parent), agent_id="")
         except (CheckpointError, OSError) as error:
             logger.warning("What Ray Tune hands the trial is passed over: %s", error)
         yield source

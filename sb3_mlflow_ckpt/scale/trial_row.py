@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,8 +92,20 @@ def _row_here(folder: RunFolder, plan: TrialPlan) -> TrialRow:
     best = _better(plan)(rated, key=lambda pair: pair[1], default=None)
     points = json_lines.read_lines(folder.metrics)[0]
     column = _COLUMNS[metric]
-    curve = [(int(p["num_timesteps"]), float(p[column])) for p in points if isinstance(p.get(column), (int, float))]
+    curve = _forward(
+        (int(p["num_timesteps"]), float(p[column])) for p in points if isinstance(p.get(column), (int, float))
+    )
     return TrialRow(folder.run_id, record, rated[-1][1] if rated else None, best, tuple(curve))
+
+
+def _forward(points: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return a curve without what a clone, or a resume from further back, has left behind."""
+    curve: list[tuple[int, float]] = []
+    for step, value in points:
+        while curve and curve[-1][0] >= step:
+            curve.pop()
+        curve.append((step, value))
+    return curve
 
 
 def _better(plan: TrialPlan) -> Any:
@@ -130,7 +142,7 @@ def _row_in_mlflow(plan: TrialPlan, run_id: str, here: TrialRow | None) -> Trial
     value = metadata.metrics.get(plan.sweep.metric)
     item = {"uri": likely, "episode": metadata.episode, "num_timesteps": metadata.num_timesteps}
     score = newest.metrics.get(plan.sweep.metric)
-    return TrialRow(run_id, record, score, (item, float(value)) if value is not None else None, tuple(curve))
+    return TrialRow(run_id, record, score, (item, float(value)) if value is not None else None, tuple(_forward(curve)))
 
 
 def _likely_best(

@@ -5,13 +5,17 @@ Tune's snapshot of an experiment is seconds old: after a driver died it may name
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from sb3_mlflow_ckpt.layout import model_episode
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata
 from sb3_mlflow_ckpt.resume import ResumeSource
 from sb3_mlflow_ckpt.scale.search_space import Distribution
+from sb3_mlflow_ckpt.verification import read_metadata
 
 EXPLOIT = "exploit"
 """The key under which a trial's configuration names the exploit that made it."""
@@ -73,6 +77,16 @@ def trial_start(
         return TrialStart(values)
     # Its own, not Tune's: a snapshot from before an exploit does not know what was perturbed since.
     return replace(_kept(_facts(own.metadata), values), source=own)
+
+
+def handed_checkpoint(folder: Path) -> Path | None:
+    """Return the zip that Tune means by a folder of its own; None where it holds none.
+
+    What a trial reported while it was ended Tune drops, but not its files: the next report of the trial gets the same
+    folder. It is the later one.
+    """
+    found = [folder / name for name in os.listdir(folder) if model_episode(name) is not None]
+    return max(found, key=lambda path: read_metadata(path).timestamp, default=None)
 
 
 def _facts(metadata: CheckpointMetadata) -> Mapping[str, Any]:

@@ -33,7 +33,8 @@ def remove_copies(newest: Checkpoint, trials: Sequence[Any], keep: int) -> list[
         assert storage is not None
         there = storage.get_file_info(FileSelector(posixpath.dirname(newest.path)))
         copies = sorted(info.path for info in there if info.base_name.startswith("checkpoint_"))
-        for path in copies[:-keep]:
+        # After a resume from an older snapshot the numbers begin lower: what lies above is removed when they reach it.
+        for path in [path for path in copies if path <= newest.path][:-keep]:
             if path not in needed:
                 storage.delete_dir(path)
                 removed.append(path)
