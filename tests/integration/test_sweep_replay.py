@@ -1,4 +1,4 @@
-"""A sweep of an off-policy algorithm: what Ray Tune is handed holds the replay buffer whole, whatever happens."""
+"""A population of an off-policy algorithm: replay buffers are handed on whole, and survive a driver that ends at once."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from paced import Pace
 from processes import wait_for
 from stable_baselines3 import DQN
-from sweeps import records, restarted, run_sweep, saves, start_sweep, write_sweep
+from sweeps import records, run_sweep, saves, start_sweep, write_sweep
 
 from sb3_mlflow_ckpt.checkpoints import verify_checkpoint
 from sb3_mlflow_ckpt.commit import capture_checkpoint, commit_checkpoint
@@ -28,12 +29,12 @@ def _reported(folder: Path) -> list[Path]:
     return sorted(folder.glob("sweeps/*/run_trial_*/checkpoint_*/ep*.zip"))
 
 
-def test_a_clone_and_a_resumed_trial_have_the_whole_replay_buffer_and_go_on_exactly(tmp_path: Path) -> None:
-    pace = Pace(tmp_path, math.inf)
+def test_a_second_ctrl_c_ends_all_at_once_and_a_clone_and_its_donor_go_on_exactly(tmp_path: Path) -> None:
+    pace = Pace(tmp_path, 0)
     file = write_sweep(
         tmp_path,
         training={
-            "algo": "dqn", "env_id": "toy_environments:FixedLength-v0", "total_timesteps": 1600,
+            "algo": "dqn", "env_id": "toy_environments:FixedLength-v0", "total_timesteps": 960,
             "hyperparameters": {
                 "learning_starts": 50, "buffer_size": 300, "batch_size": 16, "policy_kwargs": {"net_arch": [8]},
             },
@@ -42,40 +43,51 @@ def test_a_clone_and_a_resumed_trial_have_the_whole_replay_buffer_and_go_on_exac
         # Who has the shorter episodes has the lower rewards, and takes over the other's model and buffer.
         search={"learning_rate": {"uniform": [1e-4, 1e-2]}, "env_kwargs": {"grid": [{"length": 5}, {"length": 10}]}},
         scheduler="pbt",
-        pbt={"perturbation_interval": 300, "quantile_fraction": 0.5},
-        report_interval_timesteps=150,
+        pbt={"perturbation_interval": 500, "quantile_fraction": 0.5, "synch": True},
+        report_interval_timesteps=50,
     )  # fmt: skip
     process = start_sweep(file)
-    wait_for(lambda: len(records(tmp_path)) == 2, "both members", process)
-    pace.set(0.008)
-
-    def clone_goes_on() -> bool:
-        return any(
-            max(saves(tmp_path)[record["run_id"]], default=0) > step["donor"]["num_timesteps"] + 150
-            for record in records(tmp_path).values()
-            for step in record["sweep"]["lineage"]
-        )
-
-    wait_for(clone_goes_on, "a clone that has reported", process)
-    # To the driver alone, as a supervisor does.
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 128 + signal.SIGTERM
-    before = records(tmp_path)
-    saved = saves(tmp_path)
-    clones = [record for record in before.values() if record["sweep"]["generation"] > 0]
-    assert clones and all(record["resume"] == {"exact": True, "reason": None} for record in clones)
-    assert {record["status"] for record in before.values()} == {"interrupted"}
+    # Both wait there for each other, and go on in processes of their own.
+    wait_for(lambda: _statuses(tmp_path) == ["interrupted"] * 2, "the perturbation", process)
+    pace.set(math.inf)
+    wait_for(lambda: any(_generations(tmp_path)), "the clone", process)
+    [clone] = [record for record in records(tmp_path).values() if record["sweep"]["donor"]]
+    pace.set(0.04)
+    taken = clone["sweep"]["donor"]["num_timesteps"]
+    wait_for(lambda: saves(tmp_path)[clone["run_id"]][-1] > taken, "a checkpoint of the clone", process)
+    pace.set(math.inf)
+    before = saves(tmp_path)
+    started = [p for p in psutil.Process(process.pid).children(recursive=True) if "Agent" not in p.name()]
+    assert [p for p in started if "raylet" in p.name()] and [p for p in started if "train" in p.name()]
+    # One that follows within a second is the same Ctrl-C, heard twice.
+    wait_for(lambda: process.poll() is not None or process.send_signal(signal.SIGINT), "the end by a second Ctrl-C")
+    assert process.returncode == 128 + signal.SIGINT
+    said = (tmp_path / "sweep.log").read_text()
+    assert said.endswith("Interrupted again, and ended at once; go on with the same command and --resume\n")
+    assert "running" in _statuses(tmp_path)
+    wait_for(lambda: not any(map(_lives, started)), "the end of Ray and of the trials")
     _whole(tmp_path)
 
     pace.set(0)
     done = run_sweep(file, "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
-    after = records(tmp_path)
-    assert [(r["status"], r["resume"]) for r in after.values()] == [("completed", {"exact": True, "reason": None})] * 2
-    # An exploit leads to the donor's step, which may lie before the clone's own.
-    kept = [r["run_id"] for n, r in after.items() if r["sweep"]["generation"] == before[n]["sweep"]["generation"]]
-    assert restarted({run: saved[run] for run in kept}, saves(tmp_path)) == {}
+    after = records(tmp_path).values()
+    assert [(r["status"], r["resume"]) for r in after] == [("completed", {"exact": True, "reason": None})] * 2
+    # Tune may perturb once more, and hand the clone an earlier step of its donor's; none begins anew.
+    assert all(min(saved[len(before[run]) :]) > 500 for run, saved in saves(tmp_path).items())
     _whole(tmp_path)
+
+
+def _lives(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def _statuses(folder: Path) -> list[str]:
+    return [record["status"] for record in records(folder).values()]
+
+
+def _generations(folder: Path) -> list[int]:
+    return [record["sweep"]["generation"] for record in records(folder).values()]
 
 
 def _whole(folder: Path) -> None:
