@@ -14,8 +14,8 @@ from sb3_mlflow_ckpt.redaction import redact
 
 _OBJECT_STORE_BYTES = 100 * 2**20
 _KNOCK_SECONDS = 5.0
-# They say how to restore with Tune's own API, which is not how a sweep is resumed, and complain of frequent reports.
-_TUNE_ASIDES = ("ray.tune.tune", "ray.tune.analysis.experiment_analysis", "ray.tune.execution.experiment_state")
+# They say how to restore with Tune's own API, which is not how a sweep is resumed.
+_TUNE_ASIDES = ("ray.tune.tune", "ray.tune.analysis.experiment_analysis")
 
 
 @contextmanager

@@ -63,6 +63,7 @@ def connect(address: str) -> JobSubmissionClient:
         with _alone():
             client: JobSubmissionClient = ray.job_submission.JobSubmissionClient(address)
             metadata = client._do_request("GET", "/api/v0/cluster_metadata").json()["data"]
+            versions = str(metadata["rayVersion"]), str(metadata["pythonVersion"])
     except AuthenticationError as error:
         wrong = "invalid" in str(error)
         cause = "does not take the token" if wrong else "asks for a token"
@@ -73,7 +74,7 @@ def connect(address: str) -> JobSubmissionClient:
             f"What answers at {shown} is not the dashboard of a Ray cluster: {' '.join(str(error).split())[:200]}",
             "Give the address that `ray start --head` prints for the dashboard, such as http://head:8265",
         ) from error
-    _check_versions(shown, str(metadata["rayVersion"]), str(metadata["pythonVersion"]), ray.__version__)
+    _check_versions(shown, *versions, ray.__version__)
     return client
 
 
