@@ -91,8 +91,21 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
-def kill_and_resume(folder: Path, moment: str, **keys: Any) -> tuple[dict[str, list[int]], dict[str, list[int]], str]:
-    """Kill a sweep's driver at a moment, and resume it to its end.
+def tear_snapshot(folder: Path) -> None:
+    """Leave the half of Ray Tune's newest snapshot, as a machine that loses power in the middle of it does."""
+    newest = max(folder.glob("sweeps/*/experiment_state-*.json"))
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+
+
+def kill_and_resume(
+    folder: Path,
+    moment: str,
+    *,
+    meanwhile: Callable[[Path], None] = lambda folder: None,
+    stand: Path | None = None,
+    **keys: Any,
+) -> tuple[dict[str, list[int]], dict[str, list[int]], str]:
+    """Kill a sweep's driver at a moment, do something, and resume it to its end, maybe standing in another folder.
 
     Returns:
         The saves of each run before the kill and at the end, and what the resumed sweep printed.
@@ -105,7 +118,8 @@ def kill_and_resume(folder: Path, moment: str, **keys: Any) -> tuple[dict[str, l
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = saves(folder)
-    done = run_sweep(file, "--resume")
+    meanwhile(folder)
+    done = run_sweep(stand / file.name if stand is not None else file, "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
     return before, saves(folder), done.stdout
 

@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 from processes import environment, trainer
-from sweeps import MOMENTS, kill_and_resume, records, restarted, run_sweep, words, write_sweep
+from sweeps import MOMENTS, kill_and_resume, records, restarted, run_sweep, tear_snapshot, words, write_sweep
 
 from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, load_checkpoint, prune_checkpoints, verify_checkpoint
 from sb3_mlflow_ckpt.errors import ConfigError
-from sb3_mlflow_ckpt.layout import RunFolder
+from sb3_mlflow_ckpt.layout import RunFolder, metadata_path
 from sb3_mlflow_ckpt.resume import newest_of_run, resolve_checkpoint
 from sb3_mlflow_ckpt.scale.search_space import Distribution
 from sb3_mlflow_ckpt.scale.sweep_config import build_sweep
-from sb3_mlflow_ckpt.scale.trial_start import EXPLOIT, TrialStart, trial_start
+from sb3_mlflow_ckpt.scale.trial_row import _forward
+from sb3_mlflow_ckpt.scale.trial_start import EXPLOIT, TrialStart, handed_checkpoint, trial_start
 
 pytest.importorskip("ray.tune", reason="the extra [ray] is not installed")
 pytestmark = pytest.mark.usefixtures("only_ray")
@@ -71,8 +72,20 @@ def test_a_sweep_whose_driver_was_killed_goes_on_from_its_checkpoints_even_if_tu
     tmp_path: Path,
 ) -> None:
     moment = next(iter(MOMENTS))
-    before, after, _ = kill_and_resume(tmp_path, moment, seeds=[0], training={"total_timesteps": 6000})
-    assert sum(map(bool, before.values())) >= 2
+    training, storage = {"total_timesteps": 6000}, str(tmp_path / "sweeps")
+    elsewhere = tmp_path / "elsewhere"
+
+    def go(folder: Path) -> None:
+        """Resume it from half a snapshot, and standing in another folder, where relative paths mean something else."""
+        tear_snapshot(folder)
+        elsewhere.mkdir()
+        (folder / "sweep.yaml").rename(elsewhere / "sweep.yaml")
+
+    before, after, _ = kill_and_resume(
+        tmp_path, moment, meanwhile=go, stand=elsewhere, seeds=[0], training=training, storage_path=storage
+    )
+    assert sum(map(bool, before.values())) >= 2 and not (elsewhere / "checkpoints").exists()
+    assert len(records(tmp_path)) == 2
     assert restarted(before, after) == {}
     assert {record["status"] for record in records(tmp_path).values()} == {"completed"}
     assert all(record["resume"] == {"exact": True, "reason": None} for record in records(tmp_path).values())
@@ -192,6 +205,31 @@ def test_what_was_reported_is_whole_after_retention_has_removed_it_from_the_run(
         assert not reported.exists()
         assert verify_checkpoint(folder / reported.name) == metadata
     assert not folder.exists()
+
+
+def test_what_tune_dropped_is_not_what_it_hands(tmp_path: Path) -> None:
+    dropped = _trained(tmp_path, "member", 0.001, seed=1)
+    folder = tmp_path / "checkpoint_000001"
+    folder.mkdir()
+    later = trainer(
+        *("--resume-from-checkpoint", dropped, "--run-id", "member", "--total-timesteps", 192, "--mlflow", "false"),
+        cwd=tmp_path,
+    )
+    assert later.returncode == 0, later.stderr
+    newest = latest_checkpoint(tmp_path / "checkpoints", "member")
+    assert newest is not None
+    for path in (dropped, newest):
+        for file in (path, metadata_path(path)):
+            (folder / file.name).hardlink_to(file)
+    assert handed_checkpoint(folder) == folder / newest.name
+    # The highest episode is not the newest, once a trial has gone on from another.
+    for file in (newest, metadata_path(newest)):
+        (folder / file.name).unlink()
+    assert handed_checkpoint(folder) == folder / dropped.name
+
+
+def test_a_curve_is_drawn_without_what_a_clone_left_behind() -> None:
+    assert _forward([(2000, 10), (5000, 12), (3500, 40), (4500, 60)]) == [(2000, 10), (3500, 40), (4500, 60)]
 
 
 def test_a_trial_that_asha_stops_is_killed_and_one_that_raises_has_failed(tmp_path: Path) -> None:
