@@ -65,14 +65,14 @@ def run_command(command: str, cwd: str | None, grace_seconds: float, flag: Any) 
     Raises:
         TrainerDied: It ended otherwise.
     """
-    if _is_raised(flag):
+    if is_raised(flag):
         return STOPPED
     env = {**os.environ, "PATH": path_of_this_python(os.environ)}
     env.setdefault(RESUME_VARIABLE, "true")
     trainer = SharedFate(command, cwd, env)
     try:
         while (code := _exit_code(trainer)) is None:
-            if _is_raised(flag):
+            if is_raised(flag):
                 trainer.stop(grace_seconds)
                 return STOPPED
     except BaseException:
@@ -92,7 +92,8 @@ def _exit_code(trainer: SharedFate) -> int | None:
     return None
 
 
-def _is_raised(flag: Any) -> bool:
+def is_raised(flag: Any) -> bool:
+    """Return whether a flag says that what it is of is stopped; False where it does not answer."""
     import ray
     from ray.exceptions import RayError
 

@@ -26,6 +26,7 @@ from sb3_mlflow_ckpt.scale.sweep_closing import TrialCloser, noting
 from sb3_mlflow_ckpt.scale.sweep_config import SweepConfig
 from sb3_mlflow_ckpt.scale.sweep_run import SweepRun
 from sb3_mlflow_ckpt.scale.sweep_signals import SweepSignals, passing_on
+from sb3_mlflow_ckpt.scale.sweep_stop import sweep_flag
 from sb3_mlflow_ckpt.scale.trial import TrialPlan
 from sb3_mlflow_ckpt.scale.tune_driver import Storage, tuner
 
@@ -99,7 +100,10 @@ def _run(
 ) -> SweepResult:
     known = strict_json.loads(atomic.read_bytes(folder.record)) if folder.record.exists() else {}
     seed = known.get("seed", secrets.randbelow(2**31))
-    with SweepSignals(tell) as signals, SweepRun(sweep, folder.sweep_id, known) as run:
+    with (
+        SweepSignals(tell, sweep.trial_config({}).grace_seconds) as signals,
+        SweepRun(sweep, folder.sweep_id, known) as run,
+    ):
         plan = TrialPlan(
             sweep=sweep,
             sweep_id=folder.sweep_id,
@@ -108,7 +112,9 @@ def _run(
             tracking_uri=run.tracking_uri,
             mlflow_parent=run.run_id,
             one_machine=one_machine,
+            flag=sweep_flag(),
         )
+        signals.flag = plan.flag
         record = {
             "id": folder.sweep_id,
             "name": sweep.name,

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from sb3_mlflow_ckpt.config import ENVIRONMENT_PREFIX, TrainingConfig
-from sb3_mlflow_ckpt.errors import CheckpointError, MirrorUnavailableError
+from sb3_mlflow_ckpt.errors import CheckpointError, MirrorUnavailableError, TrainingStopped
 from sb3_mlflow_ckpt.layout import RunFolder, SweepFolder
 from sb3_mlflow_ckpt.ownership import FolderClaim
 from sb3_mlflow_ckpt.resume import ResumeSource, newest_of_run, resolve_checkpoint
 from sb3_mlflow_ckpt.scale.sweep_config import SweepConfig
+from sb3_mlflow_ckpt.scale.sweep_stop import TrialStop
 from sb3_mlflow_ckpt.scale.trial_start import TrialStart, handed_checkpoint, trial_start
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class TrialPlan:
         tracking_uri: MLflow's, the same from every folder; None where nothing is tracked.
         mlflow_parent: The MLflow run of the sweep.
         one_machine: Whether a trial cannot have been at another one.
+        flag: The handle of the sweep's `SweepFlag`.
     """
 
     sweep: SweepConfig
@@ -48,6 +50,7 @@ class TrialPlan:
     tracking_uri: str | None
     mlflow_parent: str | None
     one_machine: bool
+    flag: Any
 
     @property
     def folder(self) -> SweepFolder:
@@ -76,6 +79,7 @@ def run_trial(config: Mapping[str, Any], plan: TrialPlan) -> None:
     from sb3_mlflow_ckpt.trainer import SweepPlace, train
 
     trial_id = str(tune.get_context().get_trial_id())
+    stop = TrialStop(plan.flag, trial_id)
     folder, sweep = plan.run_folder(trial_id), plan.sweep
     if folder.record.exists():
         # What is the newest is known once the process before this one has let go.
@@ -88,8 +92,13 @@ def run_trial(config: Mapping[str, Any], plan: TrialPlan) -> None:
                 source.lease.release()
         facts = {"id": plan.sweep_id, "trial": trial_id.rpartition("_")[2], **start.facts()}
         place = SweepPlace(facts, plan.mlflow_parent, start.source)
-        reporter = TuneReporter(sweep.report_interval_timesteps, facts)
-        result = train(_training(plan, folder, start), reporter=reporter, sweep=place)
+        reporter = TuneReporter(sweep.report_interval_timesteps, facts, stop.is_set)
+        try:
+            result = train(_training(plan, folder, start), reporter=reporter, sweep=place)
+        except TrainingStopped:
+            if stop.is_set():
+                stop.wait_for_the_end()
+            raise
         if result.run_folder is None and start.source is not None:
             # It was trained to its end before; whoever asked did not know.
             report_checkpoint(start.source.path, facts)

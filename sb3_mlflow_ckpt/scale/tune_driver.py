@@ -78,6 +78,8 @@ def tuner(plan: TrialPlan, storage: Storage, callbacks: list[Callback], seed: in
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", _SNAPSHOT_SECONDS)
     # It would ask for fewer reports, since it writes its snapshot for each that takes another's place.
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    # A signal is passed on to it once the trials have saved.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     sweep, folder = plan.sweep, plan.folder
     resources = {"cpu": sweep.resources.cpu, "gpu": sweep.resources.gpu}
     trainable = tune.with_resources(tune.with_parameters(run_trial, plan=plan), resources)

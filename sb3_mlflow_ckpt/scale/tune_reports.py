@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,20 @@ class TuneReporter:
     Args:
         interval: Environment steps between two reports.
         facts: What the record says of the trial's place in the sweep.
+        stopped: Tells whether the sweep is stopped: the trial saves then, and ends.
     """
 
-    def __init__(self, interval: int, facts: Mapping[str, Any]) -> None:
+    def __init__(self, interval: int, facts: Mapping[str, Any], stopped: Callable[[], bool]) -> None:
         self._interval = interval
         self._facts = facts
+        self._stopped = stopped
 
     def starting(self, resolved: ResolvedTraining) -> None:
         """Do nothing: the driver shows the trials."""
 
     def callback(self, resolved: ResolvedTraining, checkpoints: EpisodeCheckpointCallback) -> BaseCallback:
         """Return the callback that reports."""
-        return _ReportCallback(checkpoints, self._interval, self._facts)
+        return _ReportCallback(checkpoints, self._interval, self._facts, self._stopped)
 
 
 class _ReportCallback(BaseCallback):
@@ -47,8 +49,16 @@ class _ReportCallback(BaseCallback):
     A training that goes on from a checkpoint is at once where its donor was: nothing is chopped, `learn` runs on.
     """
 
-    def __init__(self, checkpoints: EpisodeCheckpointCallback, interval: int, facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        checkpoints: EpisodeCheckpointCallback,
+        interval: int,
+        facts: Mapping[str, Any],
+        stopped: Callable[[], bool],
+    ) -> None:
         super().__init__()
+        self._stopped = stopped
+        self._last: int | None = None
         self._checkpoints = checkpoints
         self._interval = interval
         self._facts = facts
@@ -71,6 +81,9 @@ class _ReportCallback(BaseCallback):
         self.logger.record("sweep/generation", self._facts["generation"])
 
     def _on_step(self) -> bool:
+        if self._stopped():
+            self._leave()
+            return True
         if self.num_timesteps < self._next:
             return True
         if not self._asked:
@@ -83,6 +96,15 @@ class _ReportCallback(BaseCallback):
             if newest.metrics.get("mean_reward") is not None:
                 self._report(path)
         return True
+
+    def _leave(self) -> None:
+        """Ask for a checkpoint, and raise TrainingStopped once it is on disk."""
+        if self._last is None:
+            self._last = self.num_timesteps
+            self._checkpoints.save_soon()
+        newest = self._checkpoints.latest_metadata
+        if newest is not None and newest.num_timesteps >= self._last:
+            raise TrainingStopped
 
     def _on_training_end(self) -> None:
         path = self._checkpoints.latest_checkpoint
