@@ -86,7 +86,9 @@ class _ReportCallback(BaseCallback):
             return True
         if self.num_timesteps < self._next:
             return True
-        if not self._asked:
+        if self.num_timesteps >= self._next + self._interval:
+            self._plan(self.num_timesteps)  # The disk refused it.
+        elif not self._asked:
             self._checkpoints.save_soon()
             self._asked = True
         newest, path = self._checkpoints.latest_metadata, self._checkpoints.latest_checkpoint

@@ -88,6 +88,29 @@ def test_ctrl_c_ends_all_trials_and_a_resume_finishes_them_none_from_zero(tmp_pa
     assert [saved[-1] for saved in sweep.saves.values()] == [1024] * 2
 
 
+def test_a_trial_saves_before_it_is_stopped(tmp_path: Path) -> None:
+    never = {"checkpoint_interval_episodes": 0, "heartbeat_seconds": 0.2}
+    sweep = Sweep(tmp_path, seeds=[0, 1], report_interval_timesteps=100_000, training=never)
+    process = sweep.start()
+    wait_for(
+        lambda: [r for r in records(tmp_path).values() if r["progress"]["num_timesteps"] > 200], "a trial in the middle", process
+    )
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(120) == 128 + signal.SIGTERM
+    assert "Interrupted: the trials save, and end" in sweep.said and "Traceback" not in sweep.said
+    first = sweep.saves
+    assert len(first) == 2 and all(len(saved) == 1 for saved in first.values()), sweep.said
+    assert max(saved[0] for saved in first.values()) > 200
+    assert sweep.statuses == ["interrupted"] * 2 and sweep.in_mlflow == ["KILLED"] * 3
+    client = MlflowClient(sweep.tracking_uri)
+    for run in client.search_runs(["0"], "tags.`mlflow.parentRunId` != ''"):
+        assert len(client.list_artifacts(run.info.run_id, "checkpoints")) == 2
+    sweep.pace.set(0)
+    done = run_sweep(sweep.file, "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert restarted(first, sweep.saves) == {} and sweep.statuses == ["completed"] * 2
+
+
 def test_a_signal_that_comes_before_tune_listens_is_not_lost_and_does_not_take_ray_away(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, seeds=[0, 1])
     process = sweep.start()
