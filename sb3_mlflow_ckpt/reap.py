@@ -6,6 +6,7 @@ must have a stale heartbeat as well.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -20,7 +21,7 @@ from sb3_mlflow_ckpt.checkpoints import run_folders
 from sb3_mlflow_ckpt.errors import CheckpointError, ConfigError, MirrorUnavailableError, RunFolderBusyError
 from sb3_mlflow_ckpt.journal import RunJournal, read_record
 from sb3_mlflow_ckpt.layout import RunFolder, id_spellings
-from sb3_mlflow_ckpt.mirrors.naming import TAG_PREFIX
+from sb3_mlflow_ckpt.mirrors import naming
 from sb3_mlflow_ckpt.provenance import hostname
 from sb3_mlflow_ckpt.runs.document import redact
 from sb3_mlflow_ckpt.runs.folder import shown
@@ -211,7 +212,7 @@ def reap_mlflow_orphans(
 ) -> list[Reaped]:
     """Look for MLflow runs of this package that are RUNNING, have no folder here, and have been silent for long.
 
-    A killed `mlflow run` whose child died before it made a folder leaves one.
+    A killed `mlflow run` whose child died before it made a folder leaves one, and so does the driver of a sweep.
 
     Args:
         tracking_uri: MLflow's tracking URI; MLflow's own setting where it is None.
@@ -234,7 +235,10 @@ def reap_mlflow_orphans(
         with quick_requests():
             client = MlflowClient(tracking_uri=address)
             for run in _running(client):
-                if not _is_ours(run) or _has_folder(run.info.run_id, checkpoint_dir):
+                if naming.SWEEP_TAG in run.data.tags:
+                    if not _is_dead_sweep(run):
+                        continue
+                elif not _is_ours(run) or _has_folder(run.info.run_id, checkpoint_dir):
                     continue
                 heard = _last_heard(run)
                 age = time.time() - heard / 1000
@@ -272,9 +276,23 @@ def _pages(search: Any, **arguments: Any) -> Iterator[Any]:
 
 def _is_ours(run: Run) -> bool:
     tags: Mapping[str, str] = run.data.tags
-    if any(key.startswith(TAG_PREFIX) for key in tags):
+    if any(key.startswith(naming.TAG_PREFIX) for key in tags):
         return True
     return "mlflow.project.entryPoint" in tags and _is_our_project(tags.get("mlflow.source.name", ""))
+
+
+def _is_dead_sweep(run: Run) -> bool:
+    """Return whether the driver of a sweep ran on this machine, and does no more."""
+    host, pid = (run.data.tags.get(tag, "") for tag in (naming.SWEEP_HOST_TAG, naming.SWEEP_PID_TAG))
+    if host != hostname() or not pid.isdecimal():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:
+        pass  # It is somebody else's.
+    return False
 
 
 def _is_our_project(source: str) -> bool:

@@ -20,6 +20,10 @@ RUN_ID_TAG = f"{TAG_PREFIX}run_id"
 ATTEMPT_TAG = f"{TAG_PREFIX}attempt"
 STARTED_TAG = f"{TAG_PREFIX}started_at"
 ERROR_TAG = f"{TAG_PREFIX}error"
+SWEEP_TAG = "sb3_mlflow_ckpt_sweep"
+"""Not below the prefix of trainings' tags: this run has no folder, and none that is looked for."""
+SWEEP_HOST_TAG = f"{SWEEP_TAG}.host"
+SWEEP_PID_TAG = f"{SWEEP_TAG}.pid"
 EPISODES_METRIC = "rollout/episodes"
 METRIC_NAMES = {
     "ep_rew_mean": "rollout/ep_rew_mean",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -13,14 +14,12 @@ from sb3_mlflow_ckpt.errors import MirrorUnavailableError
 from sb3_mlflow_ckpt.mirrors import naming
 from sb3_mlflow_ckpt.mirrors.patience import quick_requests, unavailable
 from sb3_mlflow_ckpt.mirrors.tracked_run import TrackedRun, absolute_uri, found_run
+from sb3_mlflow_ckpt.provenance import hostname
 from sb3_mlflow_ckpt.redaction import hidden_in
 from sb3_mlflow_ckpt.runs.document import redact_all
 from sb3_mlflow_ckpt.scale.sweep_config import SweepConfig
 
 logger = logging.getLogger(__name__)
-
-SWEEP_TAG = "sb3_mlflow_ckpt_sweep"
-"""Not below the prefix of trainings' tags: this run has no folder, and none that is looked for."""
 
 
 class SweepRun:
@@ -68,18 +67,22 @@ class SweepRun:
         from mlflow.entities import Param, RunTag
 
         client = target.client
+        driver = [RunTag(naming.SWEEP_HOST_TAG, hostname()), RunTag(naming.SWEEP_PID_TAG, str(os.getpid()))]
         before = found_run(client, self.run_id) if self.run_id is not None else None
         if before is not None:
             if before.info.lifecycle_stage == "deleted":
                 client.restore_run(before.info.run_id)
+            client.log_batch(before.info.run_id, tags=driver)
             client.update_run(before.info.run_id, status="RUNNING")
             return
         experiment = target.experiment_id()
-        run = client.create_run(experiment, run_name=self._sweep_id, tags={SWEEP_TAG: self._sweep_id})
+        run = client.create_run(experiment, run_name=self._sweep_id, tags={naming.SWEEP_TAG: self._sweep_id})
         self.run_id = run.info.run_id
         described = flatten(redact_all(self._sweep.model_dump(mode="json")))
         params = [Param(key[:250], str(value)[:6000]) for key, value in described.items() if value is not None]
-        client.log_batch(self.run_id, params=params[:100], tags=[RunTag(f"{SWEEP_TAG}.name", self._sweep.name)])
+        client.log_batch(
+            self.run_id, params=params[:100], tags=[RunTag(f"{naming.SWEEP_TAG}.name", self._sweep.name), *driver]
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

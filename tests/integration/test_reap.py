@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from processes import ROOT, Leash, environment, start_trainer, wait_for
 from sb3_mlflow_ckpt.atomic import temporary_sibling
 from sb3_mlflow_ckpt.checkpoints import list_checkpoints, verify_checkpoint
 from sb3_mlflow_ckpt.journal import read_record
-from sb3_mlflow_ckpt.mirrors.naming import milliseconds
+from sb3_mlflow_ckpt.mirrors.naming import SWEEP_HOST_TAG, SWEEP_PID_TAG, SWEEP_TAG, milliseconds
 from sb3_mlflow_ckpt.reap import reap_runs
 from sb3_mlflow_ckpt.runs.folder import FolderRuns
 from sb3_mlflow_ckpt.runs.mongo import MongoRuns
@@ -134,9 +135,13 @@ def test_mlflow_runs_without_a_folder_are_named_and_failed_only_when_asked(tmp_p
 
     orphan = run(started, **project, **{"mlflow.source.name": f"file://{ROOT}"})
     ours = run(started, **{"sb3_mlflow_ckpt.algo": "ppo"})
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    drivers = [{SWEEP_TAG: "s", SWEEP_HOST_TAG: socket.gethostname(), SWEEP_PID_TAG: str(pid)} for pid in (ended.pid, os.getpid())]
+    sweep, living_sweep = (run(started, **tags) for tags in drivers)
     heard = run(started, **{"sb3_mlflow_ckpt.algo": "ppo"})
     client.log_metric(heard, "rollout/ep_rew_mean", 1.0)
-    others = [heard, run(started), run(int(time.time() * 1000), **{"sb3_mlflow_ckpt.algo": "ppo"})]
+    others = [heard, living_sweep, run(started), run(int(time.time() * 1000), **{"sb3_mlflow_ckpt.algo": "ppo"})]
     others.append(run(started, **project, **{"mlflow.source.name": f"file://{tmp_path}/another-project"}))
     journal = start_run(tmp_path, run(started, **{"sb3_mlflow_ckpt.algo": "ppo"}))
     others.append(journal.folder.run_id)
@@ -146,13 +151,13 @@ def test_mlflow_runs_without_a_folder_are_named_and_failed_only_when_asked(tmp_p
     flags = ("--checkpoint-dir", tmp_path, "--tracking-uri", mlflow_uri)
     named = reap(*flags, cwd=tmp_path)
     found = {item["run_id"]: item["action"] for item in json.loads(named.stdout)}
-    assert {orphan: "orphan", ours: "orphan"}.items() <= found.items()
+    assert {orphan: "orphan", ours: "orphan", sweep: "orphan"}.items() <= found.items()
     assert not found.keys() & set(others)
     assert "--mlflow-orphans" in named.stderr
     assert client.get_run(orphan).info.status == "RUNNING"
     assert reap(*flags, "--mlflow-orphans", "--dry-run", cwd=tmp_path).returncode == 0
     assert client.get_run(orphan).info.status == "RUNNING"
     assert reap(*flags, "--mlflow-orphans", cwd=tmp_path).returncode == 0
-    assert {client.get_run(run_id).info.status for run_id in (orphan, ours)} == {"FAILED"}
+    assert {client.get_run(run_id).info.status for run_id in (orphan, ours, sweep)} == {"FAILED"}
     assert client.get_run(orphan).info.end_time == started
     assert {client.get_run(run_id).info.status for run_id in others} == {"RUNNING"}
