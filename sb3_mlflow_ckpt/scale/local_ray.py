@@ -1,4 +1,4 @@
-"""Owns the connection of a driver to Ray: one of its own on this machine, or a cluster's."""
+"""Owns a Ray of this machine alone, and the connection of a sweep's driver to it or to a cluster's."""
 
 from __future__ import annotations
 
@@ -8,14 +8,34 @@ import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from sb3_mlflow_ckpt.errors import ConfigError
 from sb3_mlflow_ckpt.redaction import redact
 
+# Little is put into it; Ray takes a third of the memory where nothing is said.
 _OBJECT_STORE_BYTES = 100 * 2**20
 _KNOCK_SECONDS = 5.0
 # They say how to restore with Tune's own API, which is not how a sweep is resumed.
 _TUNE_ASIDES = ("ray.tune.tune", "ray.tune.analysis.experiment_analysis")
+
+
+def start_ray(*, dashboard: bool) -> Any:
+    """Start a Ray of this machine alone, which ends with this process; return what `ray.init` does."""
+    import ray
+
+    # That it has a token is as it should be; its processes find it themselves.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    with _in_groups_of_their_own():
+        # Not "auto", nor nothing: a file that a dead cluster left would be believed.
+        return ray.init(
+            "local",
+            num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=dashboard,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
 
 
 @contextmanager
@@ -42,16 +62,7 @@ def ray_session(address: str | None) -> Iterator[None]:
         raise ConfigError("sweep", f"needs Ray Tune, which is not installed ({error})", hint=hint) from error
     try:
         if address is None:
-            # Not "auto": a file that a dead cluster left would be believed.
-            with _in_groups_of_their_own():
-                ray.init(
-                    "local",
-                    num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.WARNING,
-                )
+            start_ray(dashboard=False)
         else:
             _knock(address)
             ray.init(address, log_to_driver=False, logging_level=logging.WARNING)

@@ -13,14 +13,13 @@ from urllib.parse import urlsplit
 
 from sb3_mlflow_ckpt.errors import ClusterError, ClusterUnavailableError, ConfigError, MissingRayError
 from sb3_mlflow_ckpt.redaction import redact
+from sb3_mlflow_ckpt.scale.local_ray import start_ray
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _CONNECT_SECONDS = 5.0
-# Nothing is put into it; Ray takes a third of the memory where nothing is said.
-_OBJECT_STORE_BYTES = 100 * 2**20
 _HOW_TO_GIVE_A_TOKEN = (
     "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token to the cluster's token"
 )
@@ -85,18 +84,11 @@ def start_local() -> str:
         MissingRayError: Ray is not installed.
         ClusterError: It does not start.
     """
-    ray = import_ray()
+    import_ray()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
         with _alone():
-            # Without "local", Ray would join whatever cluster a file of another run names.
-            context = ray.init(
-                "local",
-                include_dashboard=True,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level="error",
-            )
+            context = start_ray(dashboard=True)
     except Exception as error:
         raise ClusterError(
             f"No Ray cluster could be started here: {' '.join(str(error).split())[:300]}",
