@@ -127,8 +127,11 @@ def lockstep(env: Any, folder: str, lead: int = 256) -> Any:
             while behind():
                 time.sleep(0.01)
         taken += 1
-        observation, reward, *ended = take_step(action)
-        return observation, scale * reward, *ended
+        observation, reward, terminated, truncated, info = take_step(action)
+        if "episode" in info:
+            # As the monitor beneath has counted it.
+            info["episode"]["r"] *= scale
+        return observation, reward, terminated, truncated, info
 
     def leave() -> None:
         own.unlink(missing_ok=True)
