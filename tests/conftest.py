@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 from mlflow_server import MlflowServer
 from servers import MongoServer, SilentServer, real_mongo_uri
+from xdist.scheduler import LoadScopeScheduling
 
 # Before torch is imported: threads that wait for one another are slow where servers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -90,10 +93,19 @@ def mlflow_server(tmp_path: Path) -> Iterator[MlflowServer]:
 
 
 @pytest.fixture(scope="module")
-def only_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Has no other module's Ray run at the same time: on one machine, nodes of two clusters take each other's jobs."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    with FileLock(shared / "ray.lock"):
+def only_ray() -> Iterator[None]:
+    """Has nobody else's Ray run at the same time: on one machine, nodes of two clusters take each other's jobs."""
+    with FileLock(Path(tempfile.gettempdir()) / "sb3_mlflow_ckpt-tests-ray.lock"):
         yield
+
+
+class OneRay(LoadScopeScheduling):
+    """Gives all modules that start Ray to one worker: another would only wait for them."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0].rpartition("/")[2]
+        return "ray" if module.startswith(("test_ray", "test_sweep")) else str(super()._split_scope(nodeid))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneRay | None:
+    return OneRay(config, log) if config.getoption("dist") == "loadscope" else None

@@ -16,11 +16,14 @@ from sb3_mlflow_ckpt.errors import CheckpointError, MirrorUnavailableError, Trai
 from sb3_mlflow_ckpt.layout import RunFolder, SweepFolder
 from sb3_mlflow_ckpt.ownership import FolderClaim
 from sb3_mlflow_ckpt.resume import ResumeSource, newest_of_run, resolve_checkpoint
+from sb3_mlflow_ckpt.scale.search_space import short
 from sb3_mlflow_ckpt.scale.sweep_config import SweepConfig
 from sb3_mlflow_ckpt.scale.sweep_stop import TrialStop
 from sb3_mlflow_ckpt.scale.trial_start import TrialStart, handed_checkpoint, trial_start
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_NAME = 120
 
 # A node may keep its checkpoints elsewhere than the others.
 _CHECKPOINT_DIR = f"{ENVIRONMENT_PREFIX}CHECKPOINT_DIR"
@@ -109,7 +112,7 @@ def _training(plan: TrialPlan, folder: RunFolder, start: TrialStart) -> Training
         "run_id": folder.run_id,
         "agent_id": folder.agent_id,
         "checkpoint_dir": str(folder.checkpoint_dir),
-        "run_name": folder.run_id,
+        "run_name": _name(plan, folder.run_id, start.hyperparameters),
     }
     if plan.tracking_uri is not None:
         own["tracking_uri"] = plan.tracking_uri
@@ -117,6 +120,13 @@ def _training(plan: TrialPlan, folder: RunFolder, start: TrialStart) -> Training
         # MLflow answered when the sweep began; what is on the way does not wait for it.
         own["start_offline"] = True
     return plan.sweep.trial_config(start.hyperparameters, f"trial {folder.run_id}", **own)
+
+
+def _name(plan: TrialPlan, run_id: str, values: Mapping[str, Any]) -> str:
+    """Return what lists call a trial: its values, but for a population, whose values change."""
+    told = ["seed"] if plan.sweep.scheduler == "pbt" else ["seed", *plan.sweep.search]
+    described = ", ".join(f"{key.partition('.')[2] or key} {short(values[key])}" for key in told if key in values)
+    return f"{plan.sweep.name} {run_id.rpartition('-')[2]}: {described}"[:_LONGEST_NAME]
 
 
 def _own(plan: TrialPlan, folder: RunFolder, handed: ResumeSource | None) -> ResumeSource | None:

@@ -12,16 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from mlflow import MlflowClient
-from processes import environment, trainer
+from processes import ROOT, environment, trainer
 from sweeps import MOMENTS, kill_and_resume, records, restarted, run_sweep, tear_snapshot, words, write_sweep
 
 from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, load_checkpoint, prune_checkpoints, verify_checkpoint
+from sb3_mlflow_ckpt.config import flatten
 from sb3_mlflow_ckpt.errors import ConfigError
 from sb3_mlflow_ckpt.layout import RunFolder, metadata_path
 from sb3_mlflow_ckpt.resume import newest_of_run, resolve_checkpoint
 from sb3_mlflow_ckpt.scale.search_space import Distribution
-from sb3_mlflow_ckpt.scale.sweep_config import build_sweep
+from sb3_mlflow_ckpt.scale.sweep_config import SweepConfig, build_sweep
 from sb3_mlflow_ckpt.scale.trial_row import _forward
 from sb3_mlflow_ckpt.scale.trial_start import EXPLOIT, TrialStart, handed_checkpoint, trial_start
 
@@ -353,3 +355,14 @@ def test_a_perturbation_stays_within_the_bounds_of_its_search_space() -> None:
     assert Distribution("uniform", (0.1, 0.9)).operation(0.5, 0.6) == "* 1.2"
     assert gamma.operation(0.99, 0.95) == "resample"
     assert Distribution("choice", (1, 2, 3)).operation(1, 2) == "shift"
+
+
+def test_the_document_has_every_key_with_its_default_and_its_sweeps_are_sweeps() -> None:
+    text = (ROOT / "docs" / "sweeps.md").read_text()
+    rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| `")]
+    told = {name.strip().strip("`"): default.strip().strip("`") for name, default in rows}
+    defaults = flatten(SweepConfig(training={"-": 0}, search={"-": 0}).model_dump())
+    known = {key.removesuffix(".-"): None if key.endswith(".-") else value for key, value in defaults.items()}
+    assert told == {key: "unset" if value is None else str(value) for key, value in known.items()}
+    examples = [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)]
+    assert [build_sweep(example, "docs/sweeps.md").scheduler for example in examples] == ["fifo", "pbt"]
