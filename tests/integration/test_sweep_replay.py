@@ -29,26 +29,31 @@ def _reported(folder: Path) -> list[Path]:
     return sorted(folder.glob("sweeps/*/run_trial_*/checkpoint_*/ep*.zip"))
 
 
-def test_a_second_ctrl_c_ends_all_at_once_and_a_clone_and_its_donor_go_on_exactly(tmp_path: Path) -> None:
-    pace = Pace(tmp_path, 0)
+def test_a_second_ctrl_c_ends_all_at_once_and_a_clone_and_its_donor_go_on_exactly(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    pace = Pace(tmp_path, math.inf)
     file = write_sweep(
         tmp_path,
         training={
-            "algo": "dqn", "env_id": "toy_environments:FixedLength-v0", "total_timesteps": 960,
+            "algo": "dqn", "env_id": "toy_environments:FixedLength-v0", "total_timesteps": 320,
             "hyperparameters": {
-                "learning_starts": 50, "buffer_size": 300, "batch_size": 16, "policy_kwargs": {"net_arch": [8]},
+                "learning_starts": 50, "buffer_size": 120, "batch_size": 16, "policy_kwargs": {"net_arch": [8]},
             },
             "checkpoint_interval_episodes": 7, "keep_last_n_checkpoints": 1, "env_wrappers": [pace.wrapper],
         },
         # Who has the shorter episodes has the lower rewards, and takes over the other's model and buffer.
         search={"learning_rate": {"uniform": [1e-4, 1e-2]}, "env_kwargs": {"grid": [{"length": 5}, {"length": 10}]}},
         scheduler="pbt",
-        pbt={"perturbation_interval": 500, "quantile_fraction": 0.5, "synch": True},
+        pbt={"perturbation_interval": 100, "quantile_fraction": 0.5},
         report_interval_timesteps=50,
     )  # fmt: skip
     process = start_sweep(file)
-    # Both wait there for each other, and go on in processes of their own.
-    wait_for(lambda: _statuses(tmp_path) == ["interrupted"] * 2, "the perturbation", process)
+    request.addfinalizer(process.kill)
+    wait_for(lambda: len(records(tmp_path)) == 2, "both members", process)
+    pace.set(0.005)
+    wait_for(lambda: "interrupted" in _statuses(tmp_path), "a member that is to be a clone", process)
+    # Its process is started anew; the donor must not come to its end meanwhile.
     pace.set(math.inf)
     wait_for(lambda: any(_generations(tmp_path)), "the clone", process)
     [clone] = [record for record in records(tmp_path).values() if record["sweep"]["donor"]]
@@ -74,7 +79,7 @@ def test_a_second_ctrl_c_ends_all_at_once_and_a_clone_and_its_donor_go_on_exactl
     after = records(tmp_path).values()
     assert [(r["status"], r["resume"]) for r in after] == [("completed", {"exact": True, "reason": None})] * 2
     # Tune may perturb once more, and hand the clone an earlier step of its donor's; none begins anew.
-    assert all(min(saved[len(before[run]) :]) > 500 for run, saved in saves(tmp_path).items())
+    assert all(min(saved[len(before[run]) :]) > 90 for run, saved in saves(tmp_path).items())
     _whole(tmp_path)
 
 
