@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ _TRAINING: dict[str, Any] = {
     "hyperparameters": {"n_steps": 512, "batch_size": 64},
     "mlflow": False,
 }
+_LONG = 3
+_LONGER = {name: f"{name}, {_LONG} times as long" for name in ("plain, 1 training", "sweep, 1 trial")}
 _ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -63,22 +67,35 @@ def sweep(timesteps: int, trials: int, at_once: int) -> float:
 
 def measure(timesteps: int, trials: int, rounds: int) -> list[dict[str, Any]]:
     """Return a row a configuration: seconds, environment steps a second, and the ratio to plain trainings."""
-    seconds: dict[str, list[float]] = {}
+    # What each is made with, and the environment steps that it trains in all.
+    configurations: dict[str, tuple[Callable[[], float], int]] = {
+        "plain, 1 training": (lambda: plain(timesteps), timesteps),
+        "sweep, 1 trial": (lambda: sweep(timesteps, 1, 1), timesteps),
+        _LONGER["plain, 1 training"]: (lambda: plain(_LONG * timesteps), _LONG * timesteps),
+        _LONGER["sweep, 1 trial"]: (lambda: sweep(_LONG * timesteps, 1, 1), _LONG * timesteps),
+        **{
+            f"sweep, {trials} trials, {n} at once": (partial(sweep, timesteps, trials, n), trials * timesteps)
+            for n in (1, 2, 4)
+        },
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in configurations}
     for _ in range(rounds):
-        seconds.setdefault("plain, 1 training", []).append(plain(timesteps))
-        seconds.setdefault("sweep, 1 trial", []).append(sweep(timesteps, 1, 1))
-        for at_once in (1, 2, 4):
-            seconds.setdefault(f"sweep, {trials} trials, {at_once} at once", []).append(
-                sweep(timesteps, trials, at_once)
-            )
+        for name, (run, _) in configurations.items():
+            seconds[name].append(run())
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    base = timesteps / medians["plain, 1 training"]
-    rows = []
-    for name, median in medians.items():
-        trained = timesteps * (trials if "trials" in name else 1)
-        rate = trained / median
-        rows.append({"what": name, "seconds": median, "steps_per_second": rate, "ratio_to_plain": rate / base})
-    return rows
+    rates = {name: steps / medians[name] for name, (_, steps) in configurations.items()}
+    rows = [_row(name, medians[name], rates[name], rates["plain, 1 training"]) for name in configurations]
+    # What a further step takes, with starting left out.
+    further = {
+        name: (medians[longer] - medians[name], (_LONG - 1) * timesteps / (medians[longer] - medians[name]))
+        for name, longer in _LONGER.items()
+    }
+    base = further["plain, 1 training"][1]
+    return rows + [_row(f"{name}, further steps", took, rate, base) for name, (took, rate) in further.items()]
+
+
+def _row(name: str, seconds: float, rate: float, plain_rate: float) -> dict[str, Any]:
+    return {"what": name, "seconds": seconds, "steps_per_second": rate, "ratio_to_plain": rate / plain_rate}
 
 
 def main() -> None:
@@ -95,7 +112,7 @@ def main() -> None:
         return
     for row in rows:
         what, seconds, rate, ratio = row.values()
-        print(f"{what:<28} {seconds:7.1f} s {rate:9,.0f} steps/s {ratio:6.2f} x plain")
+        print(f"{what:<38} {seconds:7.1f} s {rate:9,.0f} steps/s {ratio:6.2f} x plain")
 
 
 if __name__ == "__main__":
