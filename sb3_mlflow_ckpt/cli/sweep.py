@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,7 +30,11 @@ def sweep_command(ctx: click.Context, sweep_file: str, resume: bool, address: st
     from sb3_mlflow_ckpt.cli.settings import file_layer
     from sb3_mlflow_ckpt.scale.sweep_config import build_sweep
 
-    sweep = build_sweep(file_layer(sweep_file, given_as="SWEEP.yaml").values, sweep_file)
+    values = dict(file_layer(sweep_file, given_as="SWEEP.yaml").values)
+    training = values.get("training") or {}
+    if isinstance(training, Mapping):
+        values["training"] = {**training, **_launch_settings()}
+    sweep = build_sweep(values, sweep_file)
 
     from rich.console import Console
 
@@ -46,6 +51,16 @@ def sweep_command(ctx: click.Context, sweep_file: str, resume: bool, address: st
         ctx.exit(128 + result.signum)
     if result.status != "completed":
         ctx.exit(FAILURE_EXIT_CODE)
+
+
+def _launch_settings() -> dict[str, Any]:
+    """Return what the environment says of launches, an address with its password say; what is trained is the file's."""
+    from sb3_mlflow_ckpt.cli.settings import environment_layer, settings
+    from sb3_mlflow_ckpt.scale.sweep_config import THE_SWEEPS_OWN
+
+    # The checkpoint folder is each node's own to say.
+    launch = {setting.name for setting in settings() if not setting.inherited} - {*THE_SWEEPS_OWN, "checkpoint_dir"}
+    return {name: value for name, value in environment_layer(os.environ).values.items() if name in launch}
 
 
 def _starting(plan: TrialPlan) -> None:

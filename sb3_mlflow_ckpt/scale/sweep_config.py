@@ -23,14 +23,14 @@ from sb3_mlflow_ckpt.layout import check_id
 from sb3_mlflow_ckpt.scale.search_space import Distribution
 
 _FOLDER = "sweeps"
-# Each trial has its own, or the sweep decides it.
-_THE_SWEEPS_OWN = {
+THE_SWEEPS_OWN = {
     "seed": "list them under 'seeds:'",
     "run_id": "each trial has an id of its own: give the sweep a 'name:'",
     "run_name": "give the sweep a 'name:'",
     "resume_from_checkpoint": "a sweep that was stopped goes on with --resume",
     "mode": "a sweep trains to its target: give 'total_timesteps:'",
 }
+"""Settings that each trial has for itself, or the sweep decides, with what to write instead."""
 # What is sampled is a setting, or a key of one of these.
 _MAPPINGS = ("hyperparameters", "env_kwargs")
 # What a checkpoint's tensors have their shape or kind from.
@@ -198,7 +198,7 @@ def _check(sweep: SweepConfig, source: str) -> None:
         raise ConfigError("name", str(error).removeprefix("name "), source) from error
     if len(set(sweep.seeds)) < len(sweep.seeds):
         raise ConfigError("seeds", f"{sweep.seeds} names a seed twice", source, "Name each once")
-    for key, remedy in _THE_SWEEPS_OWN.items():
+    for key, remedy in THE_SWEEPS_OWN.items():
         if key in sweep.training:
             raise ConfigError(f"training.{key}", "is no setting of a sweep", source, remedy[0].upper() + remedy[1:])
     sweep.trial_config({}, f"{source}, training", **sweep.training)
@@ -208,11 +208,11 @@ def _check(sweep: SweepConfig, source: str) -> None:
 
 
 def _check_search(sweep: SweepConfig, source: str) -> None:
-    allowed = [name for name in inheritable_fields() if name not in ("agent_id", *_THE_SWEEPS_OWN)]
+    allowed = [name for name in inheritable_fields() if name not in ("agent_id", *THE_SWEEPS_OWN)]
     for key, value in sweep.search.items():
         name, _, inner = key.partition(".")
-        if name in _THE_SWEEPS_OWN:
-            raise ConfigError(f"search.{key}", "is not searched over", source, _THE_SWEEPS_OWN[name].capitalize())
+        if name in THE_SWEEPS_OWN:
+            raise ConfigError(f"search.{key}", "is not searched over", source, THE_SWEEPS_OWN[name].capitalize())
         if name in TrainingConfig.model_fields and name not in allowed:
             raise ConfigError(f"search.{key}", "is not searched over", source, "It is the same for all: 'training:'")
         if name not in allowed or (inner and name not in _MAPPINGS):

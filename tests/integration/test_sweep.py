@@ -35,13 +35,15 @@ def test_two_seeds_and_two_values_are_four_nested_runs_a_table_and_a_plot(tmp_pa
     tracking_uri = f"sqlite:///{tmp_path}/mlflow.db"
     file = write_sweep(
         tmp_path,
-        training={"total_timesteps": 1000, "mlflow": True, "tracking_uri": tracking_uri, "keep_last_n_checkpoints": 1},
+        training={"total_timesteps": 1000, "mlflow": True, "keep_last_n_checkpoints": 1},
         seeds=[0, 1],
         search={"learning_rate": {"grid": [0.001, 0.0003]}},
         report_interval_timesteps=500,
         storage_path=f"file://{tmp_path}/store",
     )
-    done = run_sweep(file)
+    # The environment's, as with the trainer; what is trained is the file's.
+    given = {"SB3_MLFLOW_CKPT_TRACKING_URI": tracking_uri, "SB3_MLFLOW_CKPT_TOTAL_TIMESTEPS": "99"}
+    done = run_sweep(file, env=environment(**given))
     assert done.returncode == 0, done.stdout + done.stderr
     assert len([*tmp_path.glob("store/*/run_trial_*/checkpoint_*/ep*.zip")]) >= 4
     trials = records(tmp_path)
