@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 @click.command("sweep", cls=Command)
 @click.argument("sweep_file", metavar="SWEEP.yaml")
 @click.option("--resume", is_flag=True, help="Go on with the newest sweep of this name, where it was stopped or died")
+@click.option("--auto-resume", is_flag=True, help="The same if there is one, else start: one command for every start")
 @click.option("--address", metavar="ADDRESS", help="A Ray cluster (auto, or its address); unset is this machine alone")
 @click.pass_context
-def sweep_command(ctx: click.Context, sweep_file: str, resume: bool, address: str | None) -> None:
+def sweep_command(
+    ctx: click.Context, sweep_file: str, resume: bool, auto_resume: bool, address: str | None
+) -> None:
     """Train seeds and hyperparameters of a search space side by side, on Ray Tune.
 
     Each trial is a run of its own, below one MLflow run. Exits with 1 if a trial failed for good.
@@ -42,7 +45,8 @@ def sweep_command(ctx: click.Context, sweep_file: str, resume: bool, address: st
     from sb3_mlflow_ckpt.scale.sweep import run_sweep
 
     configure_logging(Console(stderr=True))
-    result = run_sweep(sweep, resume=resume, address=address, starting=_starting, tell=_say, ending=_ending)
+    how: Literal["no", "yes", "auto"] = "yes" if resume else "auto" if auto_resume else "no"
+    result = run_sweep(sweep, resume=how, address=address, starting=_starting, tell=_say, ending=_ending)
     if result.signum is not None:
         from sb3_mlflow_ckpt.resume_commands import shell_word
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
@@ -55,7 +55,7 @@ class SweepResult:
 def run_sweep(
     sweep: SweepConfig,
     *,
-    resume: bool = False,
+    resume: Literal["no", "yes", "auto"] = "no",
     address: str | None = None,
     starting: Callable[[TrialPlan], None] = lambda plan: None,
     tell: Callable[[str], None] = lambda line: None,
@@ -65,7 +65,7 @@ def run_sweep(
 
     Args:
         sweep: The sweep.
-        resume: Go on with the newest sweep of this name whose driver died or was stopped.
+        resume: `yes` goes on with the newest sweep of this name, `auto` does if there is one.
         address: The cluster; a Ray of its own on this machine where it is None.
         starting: Is called when the sweep has its id.
         tell: Is given a line when a trial starts, goes on or ends.
@@ -77,7 +77,11 @@ def run_sweep(
     """
     _check_algorithm(sweep)
     here = Path(sweep.folder).expanduser().absolute()
-    folder = _newest(here, sweep) if resume else SweepFolder(here, _new_id(sweep.name))
+    folder = _newest(here, sweep) if resume != "no" else None
+    if folder is None:
+        if resume == "yes":
+            raise ConfigError("resume", f"{here} holds no sweep named {sweep.name!r}", hint="Start it without --resume")
+        folder = SweepFolder(here, _new_id(sweep.name))
     storage = Storage.of(sweep, here)
     with ray_session(address):
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -165,11 +169,11 @@ def _new_id(name: str) -> str:
     return f"{name}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
-def _newest(storage: Path, sweep: SweepConfig) -> SweepFolder:
-    """Return the newest sweep of this name.
+def _newest(storage: Path, sweep: SweepConfig) -> SweepFolder | None:
+    """Return the newest sweep of this name; None where there is none.
 
     Raises:
-        ConfigError: There is none, or it was of another sweep.yaml.
+        ConfigError: It was of another sweep.yaml.
     """
     found = []
     for name in sorted(os.listdir(storage)) if storage.is_dir() else []:
@@ -179,7 +183,7 @@ def _newest(storage: Path, sweep: SweepConfig) -> SweepFolder:
             if record.get("name") == sweep.name:
                 found.append((folder, record))
     if not found:
-        raise ConfigError("resume", f"{storage} holds no sweep named {sweep.name!r}", hint="Start it without --resume")
+        return None
     folder, record = found[-1]
     before, now = (
         _defining(config) for config in (record.get("config") or {}, redact_all(sweep.model_dump(mode="json")))

@@ -34,11 +34,11 @@ class Sweep:
         }  # fmt: skip
         self.file = write_sweep(folder, **{"report_interval_timesteps": 128, "training": training, **keys})
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, *flags: str) -> subprocess.Popen[str]:
         """Start it, in the process group of a terminal's foreground job."""
         with self._log.open("w") as log:
             return subprocess.Popen(
-                words(self.file), cwd=self.folder, env=environment(), stdout=log, stderr=log, text=True,
+                words(self.file, *flags), cwd=self.folder, env=environment(), stdout=log, stderr=log, text=True,
                 start_new_session=True,
             )  # fmt: skip
 
@@ -91,7 +91,8 @@ def test_ctrl_c_ends_all_trials_and_a_resume_finishes_them_none_from_zero(tmp_pa
 def test_a_trial_saves_before_it_is_stopped(tmp_path: Path) -> None:
     never = {"checkpoint_interval_episodes": 0, "heartbeat_seconds": 0.2}
     sweep = Sweep(tmp_path, seeds=[0, 1], report_interval_timesteps=100_000, training=never)
-    process = sweep.start()
+    # As a scheduler does that starts the same command again and again.
+    process = sweep.start("--auto-resume")
     wait_for(
         lambda: [r for r in records(tmp_path).values() if r["progress"]["num_timesteps"] > 200], "a trial in the middle", process
     )
@@ -106,7 +107,7 @@ def test_a_trial_saves_before_it_is_stopped(tmp_path: Path) -> None:
     for run in client.search_runs(["0"], "tags.`mlflow.parentRunId` != ''"):
         assert len(client.list_artifacts(run.info.run_id, "checkpoints")) == 2
     sweep.pace.set(0)
-    done = run_sweep(sweep.file, "--resume")
+    done = run_sweep(sweep.file, "--auto-resume")
     assert done.returncode == 0, done.stdout + done.stderr
     assert restarted(first, sweep.saves) == {} and sweep.statuses == ["completed"] * 2
 
