@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 @click.option("--auto-resume", is_flag=True, help="The same if there is one, else start: one command for every start")
 @click.option("--address", metavar="ADDRESS", help="A Ray cluster (auto, or its address); unset is this machine alone")
 @click.pass_context
-def sweep_command(
-    ctx: click.Context, sweep_file: str, resume: bool, auto_resume: bool, address: str | None
-) -> None:
+def sweep_command(ctx: click.Context, sweep_file: str, resume: bool, auto_resume: bool, address: str | None) -> None:
     """Train seeds and hyperparameters of a search space side by side, on Ray Tune.
 
     Each trial is a run of its own, below one MLflow run. Exits with 1 if a trial failed for good.

@@ -16,12 +16,14 @@ SUFFIX = ".after-checkpoint"
 
 
 def file_position(monitor: Any) -> dict[str, int] | None:
-    """Return how long a Monitor's file is, and a checksum of its first line; None where it writes none."""
+    """Return how long a Monitor's file is, and what tells it from another; None where it writes none."""
     path = _path(monitor)
     if path is None:
         return None
     monitor.results_writer.file_handler.flush()
-    return {"bytes": path.stat().st_size, "header": _header(path)}
+    size = path.stat().st_size
+    # The first line is the file's own: it holds a time. Told to append, SB3 writes none before the first row.
+    return {"bytes": size, "header": _header(path)} if size else {"bytes": 0, "inode": path.stat().st_ino}
 
 
 def cut_file(monitor: Any, position: Any) -> None:
@@ -36,14 +38,16 @@ def cut_file(monitor: Any, position: Any) -> None:
     handle = monitor.results_writer.file_handler
     handle.flush()
     size, then = path.stat().st_size, position.get("bytes")
-    if not isinstance(then, int) or position.get("header") != _header(path) or then < 0:
+    if not isinstance(then, int) or then < 0:
+        return
+    if position.get("inode") != path.stat().st_ino if then == 0 else position.get("header") != _header(path):
         return
     keep = min(then, size)
     with path.open("rb") as file:
         content = file.read()
     # A row is whole where a line ends.
     keep = content.rfind(b"\n", 0, keep) + 1
-    if 0 < keep < size:
+    if keep < size and (keep > 0 or then == 0):
         with path.with_name(path.name + SUFFIX).open("ab") as surplus:
             surplus.write(content[keep:])
             surplus.flush()

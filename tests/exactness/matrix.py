@@ -283,6 +283,10 @@ class Matrix:
 
     def _start(self, settings: dict[str, Any], folder: Path) -> multiprocessing.process.BaseProcess:
         (folder / "result.started").unlink(missing_ok=True)
+        if not any(folder.glob("checkpoints/*/*/ep*_metadata.json")):
+            # Killed before its first checkpoint, it begins anew, and would append to what it finds, as it is told to.
+            for path in folder.glob("[0-9].monitor.csv"):
+                path.unlink()
         whole = {"mlflow": False, "seed": 7, "checkpoint_interval_episodes": 1, "resume_from_checkpoint": "auto",
                  "device": "cpu", **settings}  # fmt: skip
         process = self._processes.Process(target=run, args=(whole, str(folder), str(folder / "result.json")))

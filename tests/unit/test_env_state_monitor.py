@@ -74,6 +74,31 @@ def test_rows_after_the_checkpoint_are_set_aside_in_the_same_process(tmp_path: P
     assert len(load_results(str(tmp_path))) == len(then) + 2
 
 
+def test_rows_of_a_file_that_was_empty_at_the_checkpoint_are_set_aside_and_another_files_are_not(tmp_path: Path) -> None:
+    def written() -> str:
+        return (tmp_path / "0.monitor.csv").read_text()
+
+    env = make(tmp_path, override_existing=False)
+    env.reset(seed=1)
+    play(env, 2)
+    state = env.capture_env_state()
+    assert written() == ""
+    play(env, 10)
+    late = written()
+    assert late.count("\n") == 2
+    other = make(tmp_path, override_existing=False)
+    assert other.restore_env_state(state) is None
+    assert (written(), surplus(tmp_path)) == ("", late)
+    play(other, 10)
+    assert written().count("\n") == 2
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "0.monitor.csv").write_text(late)
+    assert make(elsewhere, override_existing=False).restore_env_state(state) is None
+    assert (elsewhere / "0.monitor.csv").read_text() == late
+
+
 def test_rows_are_neither_doubled_nor_lost_in_a_new_process(tmp_path: Path) -> None:
     env = make(tmp_path)
     env.reset(seed=1)
