@@ -20,8 +20,13 @@ from sb3_mlflow_ckpt.metadata import parse_metadata
 
 DOCUMENTS = ("README.md", "docs/checkpointing.md", "docs/exact-resume.md", "docs/safe-loading.md", "docs/training.md")
 _BLOCK = re.compile(r"^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-# So that a training that a document starts reaches its first update within a second.
-_QUICK = {"SB3_MLFLOW_CKPT_HYPERPARAMETERS": "{n_steps: 64, batch_size: 64}", "SB3_MLFLOW_CKPT_MLFLOW": "false"}
+# So that a training that a document starts reaches its first update within a second, and is not through before it is
+# stopped: what is left of run123 takes one more second.
+_QUICK = {
+    "SB3_MLFLOW_CKPT_HYPERPARAMETERS": "{n_steps: 64, batch_size: 64}",
+    "SB3_MLFLOW_CKPT_MLFLOW": "false",
+    "SB3_MLFLOW_CKPT_TOTAL_TIMESTEPS": "100000000",
+}
 
 
 def _blocks(kind: str) -> list[tuple[str, str]]:
