@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 Kind = Literal["choice", "uniform", "loguniform", "randint", "grid"]
 KINDS: tuple[str, ...] = get_args(Kind)
+_GOLDEN = (3 - 5**0.5) / 2
 PERTURBATION_FACTORS = (0.8, 1.2)
 """What population-based training multiplies a number by."""
 
@@ -49,8 +50,11 @@ class Distribution:
         """Values whose being valid settings tells that all are: each, or the ends."""
         if self.kind == "randint":
             return (self.values[0], self.values[1] - 1)
-        # Between the ends there are hardly whole numbers, which some settings need.
-        return (*self.values, sum(self.values) / 2 + 0.1234) if self.is_continuous else self.values
+        if self.is_continuous:
+            # One between the ends, and hardly a whole number, which some settings need.
+            low, high = self.values
+            return (low, high, low + (high - low) * _GOLDEN)
+        return self.values
 
     @property
     def is_continuous(self) -> bool:

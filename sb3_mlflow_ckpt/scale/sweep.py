@@ -140,10 +140,12 @@ def _run(
         finally:
             closer.close_all()
         interrupted = signals.received is not None
-        if not interrupted and failed is None and len(closer.trials) < sweep.trials:
-            closer.failed.add("")
+        lost = not interrupted and failed is None and len(closer.trials) < sweep.trials
+        if lost:
             tell(f"Ray Tune knew of {len(closer.trials)} of {sweep.trials} trials only; go on with --resume")
-        status = "interrupted" if interrupted else "failed" if failed is not None or closer.failed else "completed"
+        status = (
+            "interrupted" if interrupted else "failed" if failed is not None or closer.failed or lost else "completed"
+        )
         result = SweepResult(plan, status, closer.trials, run.run_id, signals.received)
         run.end(status, ending(result), trials=len(closer.trials))
         if failed is not None and not interrupted:

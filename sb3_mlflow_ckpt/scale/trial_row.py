@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -153,10 +154,9 @@ def _likely_best(
     known = sorted((int(episode), rewards[step]) for step, episode in episodes if step in rewards)
     rated: list[tuple[str, float]] = []
     for uri in uris:
-        at = model_episode(uri.rpartition("/")[2]) or 0
-        before = [value for episode, value in known if episode <= at]
-        if before:
-            rated.append((uri, before[-1]))
+        at = bisect.bisect_right(known, model_episode(uri.rpartition("/")[2]) or 0, key=lambda pair: pair[0])
+        if at:
+            rated.append((uri, known[at - 1][1]))
     found: tuple[str, float] | None = _better(plan)(rated, key=lambda pair: pair[1], default=None)
     return found[0] if found is not None else uris[-1]
 

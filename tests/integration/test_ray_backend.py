@@ -91,6 +91,17 @@ def sent(client: MlflowClient, run_id: str) -> list[int]:
     return sorted(int(name[2:8]) for name in names if name.endswith("_metadata.json"))
 
 
+def lose_node(cluster: TwoNodes, run_id: str) -> tuple[RunFolder, RunFolder, list[int]]:
+    """Take the node of a run away; return the run's folder there, the one at the other node, and what is in the first."""
+    [lost] = cluster.nodes_of(run_id)
+    [other] = set(cluster.folders) - {lost}
+    before, after = (RunFolder(cluster.folders[name], "ppo_agent", run_id) for name in (lost, other))
+    trainer = psutil.Process(read_record(before)["pid"])
+    cluster.kill(lost)
+    wait_for(lambda: not trainer.is_running() or trainer.status() == "zombie", "the end of the node's trainer")
+    return before, after, committed_episodes(before)
+
+
 def test_a_node_is_lost_and_the_run_goes_on_at_the_other_from_mlflow(
     settings: Path, cluster: TwoNodes, tracking: str
 ) -> None:
@@ -98,24 +109,18 @@ def test_a_node_is_lost_and_the_run_goes_on_at_the_other_from_mlflow(
     submitted = submit(settings, cluster.address)
     run_id = submitted.run_id
     wait_for(lambda: len(sent(client, run_id)) >= 3, "checkpoints in MLflow")
-    [lost] = cluster.nodes_of(run_id)
-    [other] = set(cluster.folders) - {lost}
-    before = RunFolder(cluster.folders[lost], "ppo_agent", run_id)
-    trainer = psutil.Process(read_record(before)["pid"])
-    cluster.kill(lost)
-    wait_for(lambda: not trainer.is_running() or trainer.status() == "zombie", "the end of the node's trainer")
-    left = committed_episodes(before)
+    before, after, left = lose_node(cluster, run_id)
     assert submitted.wait()
     # Nothing was written beside the replacement.
     assert committed_episodes(before) == left
-    after = RunFolder(cluster.folders[other], "ppo_agent", run_id)
     record = read_record(after)
     first = min(read_ledger(after).saved)
     assert 0 < first - 5 <= max(left), "it went on from a checkpoint of the lost node, and not from zero"
     assert (record["status"], record["attempt"], record["progress"]["num_timesteps"] >= 40_000) == ("completed", 2, True)
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
-    assert [r.info.run_id for r in client.search_runs(["0"]) if r.info.run_id == run_id] == [run_id]
+    named = client.search_runs(["0"], f"tags.`sb3_mlflow_ckpt.run_id` = '{run_id}'")
+    assert [one.info.run_id for one in named] == [run_id]
     assert set(sent(client, run_id)) >= set(read_ledger(after).saved)
 
 
@@ -138,16 +143,9 @@ def test_a_trials_node_is_lost_and_it_goes_on_at_the_other_from_mlflow(
     wait_for(lambda: trials() and len(sent(client, trials()[0].info.run_id)) >= 3, "checkpoints in MLflow", driver)
     [run] = trials()
     run_id = run.data.tags["sb3_mlflow_ckpt.run_id"]
-    [lost] = cluster.nodes_of(run_id)
-    [other] = set(cluster.folders) - {lost}
-    before = RunFolder(cluster.folders[lost], "ppo_agent", run_id)
-    process = psutil.Process(read_record(before)["pid"])
-    cluster.kill(lost)
-    wait_for(lambda: not process.is_running() or process.status() == "zombie", "the end of the node's trial")
-    left = committed_episodes(before)
+    before, after, left = lose_node(cluster, run_id)
     assert driver.wait(SWEEP_DEADLINE) == 0, (tmp_path / "sweep.log").read_text()
     assert committed_episodes(before) == left
-    after = RunFolder(cluster.folders[other], "ppo_agent", run_id)
     record = read_record(after)
     assert 0 < min(read_ledger(after).saved) - 5 <= max(left)
     assert (record["status"], record["attempt"]) == ("completed", 2)

@@ -18,6 +18,7 @@ from processes import ROOT, environment, trainer
 from sweeps import MOMENTS, kill_and_resume, records, restarted, run_sweep, tear_snapshot, words, write_sweep
 
 from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, load_checkpoint, prune_checkpoints, verify_checkpoint
+from sb3_mlflow_ckpt.cli.sweep import sweep_command
 from sb3_mlflow_ckpt.config import flatten
 from sb3_mlflow_ckpt.errors import ConfigError
 from sb3_mlflow_ckpt.layout import RunFolder, metadata_path
@@ -302,7 +303,7 @@ def test_a_trial_that_asha_stops_is_killed_and_one_that_raises_has_failed(tmp_pa
         ),
         (
             {"search": {"n_envs": {"uniform": [1, 4]}}},
-            "n_envs: 2.6234 is not valid",
+            "n_envs: 2.1458980337503153 is not valid",
         ),
         (
             {"search": {"checkpoint_dir": {"choice": ["a", "b"]}}},
@@ -363,6 +364,7 @@ def test_the_document_has_every_key_with_its_default_and_its_sweeps_are_sweeps()
     text = (ROOT / "docs" / "sweeps.md").read_text()
     rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| `")]
     told = {name.strip().strip("`"): default.strip().strip("`") for name, default in rows}
+    assert [option for parameter in sweep_command.params for option in parameter.opts if option not in text] == ["sweep_file"]
     defaults = flatten(SweepConfig(training={"-": 0}, search={"-": 0}).model_dump())
     known = {key.removesuffix(".-"): None if key.endswith(".-") else value for key, value in defaults.items()}
     assert told == {key: "unset" if value is None else str(value) for key, value in known.items()}
