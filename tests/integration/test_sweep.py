@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from mlflow import MlflowClient
-from processes import ROOT, environment, trainer
+from processes import ROOT, Leash, environment, trainer
 from sweeps import MOMENTS, kill_and_resume, records, restarted, run_sweep, tear_snapshot, words, write_sweep
 
 from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, load_checkpoint, prune_checkpoints, verify_checkpoint
@@ -77,11 +77,14 @@ def test_a_sweep_whose_driver_was_killed_goes_on_from_its_checkpoints_even_if_tu
     tmp_path: Path,
 ) -> None:
     moment = next(iter(MOMENTS))
-    training, storage = {"total_timesteps": 6000}, str(tmp_path / "sweeps")
-    elsewhere = tmp_path / "elsewhere"
+    # Both trials wait where each has saved, and neither has reported.
+    leash = Leash(tmp_path, 1000)
+    training = {"total_timesteps": 6000, "env_wrappers": yaml.safe_load(f"[{leash.wrapper}]")}
+    storage, elsewhere = str(tmp_path / "sweeps"), tmp_path / "elsewhere"
 
     def go(folder: Path) -> None:
         """Resume it from half a snapshot, and standing in another folder, where relative paths mean something else."""
+        leash.release()
         tear_snapshot(folder)
         elsewhere.mkdir()
         (folder / "sweep.yaml").rename(elsewhere / "sweep.yaml")
