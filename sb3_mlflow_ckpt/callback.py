@@ -37,7 +37,7 @@ from sb3_mlflow_ckpt.run_opening import Lineage, cancel, first_record, open_run
 from sb3_mlflow_ckpt.runs.document import plain
 from sb3_mlflow_ckpt.snapshots import SaveReplayBuffer, Snapshots
 from sb3_mlflow_ckpt.stalls import Stalls
-from sb3_mlflow_ckpt.state.callbacks import CallbackStates
+from sb3_mlflow_ckpt.state.callbacks import OWN_BOOKS, CallbackStates
 from sb3_mlflow_ckpt.state.model import all_finite
 from sb3_mlflow_ckpt.state.safe_point import SafePoint, is_writing
 
@@ -116,6 +116,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         verbose: int = 0,
     ) -> None:
         super().__init__(verbose)
+        before = set(vars(self))
         for value, what in ((agent_id, "agent_id"), (run_id, "run_id")):
             if value is not None:
                 check_id(value, what)
@@ -156,6 +157,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         self._stalls = Stalls()
         self._latest_of_ended: Path | None = None
         self._episodes = EndedEpisodes()
+        self._own_books = frozenset({*vars(self), OWN_BOOKS} - before)
 
     @property
     def run_id(self) -> str | None:

@@ -181,7 +181,10 @@ def _commit(folder: RunFolder, capture: CheckpointCapture) -> CheckpointMetadata
     path, metadata_file = folder.model(episode), folder.metadata(episode)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        metadata = _settled(capture.metadata)
+        try:
+            metadata = _settled(capture.metadata)
+        except (ValueError, TypeError) as error:
+            raise CheckpointSaveError(path, error, "config and extra_state must be plain JSON") from error
         model, chunks = capture.model, []
         if capture.replay is not None:
             chunks = capture.replay.write(folder)
@@ -202,8 +205,9 @@ def _commit(folder: RunFolder, capture: CheckpointCapture) -> CheckpointMetadata
         _rename(folder, metadata, temporary, staged_metadata)
     except OSError as error:
         raise save_error(path, error) from error
-    except (ValueError, TypeError) as error:
-        raise CheckpointSaveError(path, error, "config and extra_state must be plain JSON") from error
+    except Exception as error:
+        # A part of a user's own that cannot be written, memory that is used up: a checkpoint that failed, like others.
+        raise CheckpointSaveError(path, f"{type(error).__name__}: {error}") from error
     return metadata
 
 

@@ -98,11 +98,11 @@ class CheckpointSaveError(CheckpointError, OSError):
 
     Args:
         path: The zip that was being written.
-        cause: The error beneath.
+        cause: The error beneath, or what is said of it.
         hint: The remedy.
     """
 
-    def __init__(self, path: object, cause: BaseException, hint: str = "") -> None:
+    def __init__(self, path: object, cause: BaseException | str, hint: str = "") -> None:
         self.path = str(path)
         message = f"Checkpoint saving failed for {path}: {cause}"
         super().__init__(message + (f". {hint}" if hint else ""))

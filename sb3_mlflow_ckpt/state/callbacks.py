@@ -21,6 +21,8 @@ State = dict[str, Any]
 
 _NOT_STATE = frozenset({"model", "parent", "locals", "globals", "verbose", "callback", "callbacks", "num_timesteps"})
 _OWN_PACKAGE = __name__.partition(".")[0]
+OWN_BOOKS = "_own_books"
+"""The attribute of a callback of this package that names those of its attributes which a resume makes anew."""
 
 
 class CallbackStates:
@@ -94,7 +96,7 @@ def _named(callback: BaseCallback, place: str = "") -> Iterator[tuple[str, BaseC
     """Yield a callback and those within it, each under its place and class."""
     kind = type(callback)
     name = f"{place}/{kind.__module__}.{kind.__qualname__}"
-    # Ours keep their own books.
+    # Ours keep their own books; what a user's subclass of one adds to them does not.
     if not kind.__module__.startswith(f"{_OWN_PACKAGE}."):
         yield name, callback
     if isinstance(callback, CallbackList):
@@ -108,9 +110,9 @@ def _named(callback: BaseCallback, place: str = "") -> Iterator[tuple[str, BaseC
 
 def _forms(callback: BaseCallback) -> dict[str, str]:
     """Return a text for each attribute that has a plain form; it differs where the attribute does."""
-    forms = {}
+    forms, own = {}, vars(callback).get(OWN_BOOKS, ())
     for key, value in vars(callback).items():
-        if key in _NOT_STATE:
+        if key in _NOT_STATE or key in own:
             continue
         try:
             document, arrays = tree.encode(_listed(value))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch as th
 from numpy.typing import NDArray
 
-from sb3_mlflow_ckpt.state.tensor_files import Bytes, Slot, TensorFile, TensorPickler, saved
+from sb3_mlflow_ckpt.state.tensor_files import Bytes, Slot, TensorFile, TensorPickler, saved, written
+
+logger = logging.getLogger(__name__)
 
 _IMAGES = 2
 """One is written while the next is captured; a third would cost memory and help no disk that is too slow."""
@@ -105,7 +110,8 @@ class Part:
         self.value: Any = None
         self._devices = devices
         self._rooms: list[Room] = []
-        self._seen: dict[int, th.Tensor] = {}
+        # By address: the tensor that was copied from there, and its copy.
+        self._seen: dict[int, tuple[th.Tensor, th.Tensor]] = {}
         self._filled = 0
         self._pickler = TensorPickler()
         # What the rooms lie in, and what they move to before they are filled again.
@@ -128,8 +134,15 @@ class Part:
     def fill(self, value: Any) -> None:
         """Copy a nested structure."""
         self._filled = 0
-        self._seen.clear()
-        self.value = self._copied(value)
+        try:
+            self.value = self._copied(value)
+        except Exception as error:
+            logger.debug("Copied by its own means, which takes longer: %s", error)
+            # A sparse tensor, a container that is made in a way of its own: rare, and SB3 saves it.
+            self.value, self._filled = copy.deepcopy(value), 0
+            self._pickler.forget()
+        finally:
+            self._seen.clear()
         if self._filled < len(self._rooms):
             del self._rooms[self._filled :]
             self._form = None
@@ -137,7 +150,13 @@ class Part:
     def content(self) -> Bytes:
         """Return what `torch.save` would write of the value; to be used before the image is filled again."""
         self._devices.wait()
-        document, keys = self._pickler.dump(self.value)
+        try:
+            document, keys = self._pickler.dump(self.value)
+        except Exception as error:
+            logger.debug("Written by torch, which takes longer: %s", error)
+            # A type of tensor that has a pickle of its own.
+            self._form = None
+            return written(self.value)
         if self._form is not None and self._form.file.finish(document):
             return self._form.file.content
         content, file = saved(self.value, document, self._pinned)
@@ -151,41 +170,53 @@ class Part:
         return any(room.on_device for room in self._rooms)
 
     def _copied(self, value: Any) -> Any:
+        kind = type(value)
         if isinstance(value, th.Tensor):
             return self._copy(value)
         if isinstance(value, dict):
             items = value.items()
-            return type(value)((key, item if type(item) in _PLAIN else self._copied(item)) for key, item in items)
+            copied = kind((key, item if type(item) in _PLAIN else self._copied(item)) for key, item in items)
+            if kind is OrderedDict:
+                # The versions of the modules, made anew for each `state_dict`; what loads an old one goes by them.
+                vars(copied).update(vars(value))
+            return copied
         if isinstance(value, (list, tuple)):
-            return type(value)(item if type(item) in _PLAIN else self._copied(item) for item in value)
-        return value
+            return kind(item if type(item) in _PLAIN else self._copied(item) for item in value)
+        # Such as what a module says in `get_extra_state`: it is pickled later.
+        return value if kind in _PLAIN else copy.deepcopy(value)
 
     def _copy(self, source: th.Tensor) -> th.Tensor:
         if source.requires_grad:
             source = source.detach()
         address = source.data_ptr()
         # A CNN lists its shared extractor three times: copied once, it is also written once.
-        same = self._seen.get(address)
-        if same is not None and same.shape == source.shape and same.dtype == source.dtype:
-            return same
-        room = self._room(source)
-        if room.on_device:
-            self._devices.copy(source, room.copy)
-        else:
-            room.fill(source)
+        seen = self._seen.get(address)
+        if seen is not None and _alias(seen[0], source):
+            return seen[1]
+        place, self._filled = self._filled, self._filled + 1
+        room = self._rooms[place] if place < len(self._rooms) else None
+        if room is None or not room.fill(source, self._devices):
+            room = self._new_room(place, source)
+            room.fill(source, self._devices)
         if address:
-            self._seen[address] = room.copy
+            self._seen[address] = source, room.copy
         return room.copy
 
-    def _room(self, source: th.Tensor) -> Room:
-        place, self._filled = self._filled, self._filled + 1
-        if place < len(self._rooms) and self._rooms[place].fits(source):
-            return self._rooms[place]
+    def _new_room(self, place: int, source: th.Tensor) -> Room:
+        if source.is_quantized:
+            # Its scale is no part of its bytes.
+            raise TypeError("a quantized tensor")
         room = Room(th.empty_like(source, device="cpu", pin_memory=source.is_cuda), source.is_cuda)
         self._rooms[place : place + 1] = [room]
         self._form = None
         self._pickler.forget()
         return room
+
+
+def _alias(one: th.Tensor, other: th.Tensor) -> bool:
+    """Return whether two tensors that begin at the same address hold the same values: a transposed one does not."""
+    form = one.shape == other.shape and one.dtype == other.dtype and one.stride() == other.stride()
+    return form and one.is_conj() == other.is_conj() and one.is_neg() == other.is_neg()
 
 
 class Room:
@@ -196,13 +227,16 @@ class Room:
         on_device: Whether what is copied to it lies on a device.
     """
 
-    __slots__ = ("_array", "copy", "on_device")
+    __slots__ = ("_array", "_dtype", "_shape", "_strides", "copy", "on_device")
 
     def __init__(self, copy: th.Tensor, on_device: bool) -> None:
         self.copy = copy
         self.on_device = on_device
-        known = not on_device and copy.dtype in _KNOWN_TO_NUMPY
-        self._array: NDArray[Any] | None = copy.numpy() if known else None
+        # Compared at each copy, and numpy's are at hand where torch makes its own anew.
+        self._array: NDArray[Any] | None = None
+        if not on_device and copy.dtype in _KNOWN_TO_NUMPY:
+            self._array = copy.numpy()
+            self._shape, self._strides, self._dtype = self._array.shape, self._array.strides, self._array.dtype
 
     def moved(self, content: Bytes, slot: Slot | None) -> Room:
         """Return a room of the same form in a file's bytes."""
@@ -212,20 +246,30 @@ class Room:
         flat = th.frombuffer(content, dtype=self.copy.dtype, count=count, offset=slot.at)
         return Room(flat.as_strided(self.copy.shape, self.copy.stride()), self.on_device)
 
-    def fits(self, source: th.Tensor) -> bool:
-        """Tell whether a tensor can be copied here."""
+    def fill(self, source: th.Tensor, devices: DeviceCopies) -> bool:
+        """Copy a tensor here, or begin to where it lies on a device; return whether it is of this form."""
+        if self._array is not None and source.is_cpu and source.dtype in _KNOWN_TO_NUMPY and not source.is_neg():
+            # torch's own copy is split over threads, and then waits for cores that others are busy on.
+            array = source.numpy()
+            if array.shape != self._shape or array.dtype != self._dtype:
+                return False
+            if array.strides != self._strides and array.flags.c_contiguous:
+                return False
+            self._array[...] = array
+            return True
+        if not self._fits(source):
+            return False
+        if self.on_device:
+            devices.copy(source, self.copy)
+        else:
+            self.copy.copy_(source)
+        return True
+
+    def _fits(self, source: th.Tensor) -> bool:
         copy = self.copy
         if self.on_device != source.is_cuda or copy.shape != source.shape or copy.dtype != source.dtype:
             return False
         return copy.stride() == source.stride() or not source.is_contiguous()
-
-    def fill(self, source: th.Tensor) -> None:
-        """Copy a tensor of this memory."""
-        if self._array is not None and source.is_cpu:
-            # torch's own copy is split over threads, and then waits for cores that others are busy on.
-            self._array[...] = source.numpy()
-        else:
-            self.copy.copy_(source)
 
 
 class ImagePool:

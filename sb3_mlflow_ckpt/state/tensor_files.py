@@ -169,13 +169,24 @@ def saved(value: Any, document: bytes, pinned: bool = False) -> tuple[Bytes, Ten
     Returns:
         The bytes, and the file in which tensors can be exchanged; None where it is not as this module knows it.
     """
+    content = written(value, pinned)
+    records = _records(content)
+    return content, None if records is None else TensorFile(content, records, document)
+
+
+def written(value: Any, pinned: bool = False) -> Bytes:
+    """Return what torch writes of a value.
+
+    Args:
+        value: Nested values and tensors.
+        pinned: Whether a device is to copy to the file's memory.
+    """
     # Twice, rather than a buffer that grows: growing takes the memory twice, which here may be all that is left.
     length = _Length()
     th.save(value, cast("IO[bytes]", length))
     content = _memory(length.bytes, pinned)
     th.save(value, cast("IO[bytes]", _Memory(content)))
-    records = _records(content)
-    return content, None if records is None else TensorFile(content, records, document)
+    return content
 
 
 def _memory(size: int, pinned: bool) -> Bytes:

@@ -25,6 +25,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNorm
 
 from sb3_mlflow_ckpt import CheckpointableEnv, EpisodeCheckpointCallback, load_checkpoint
 from sb3_mlflow_ckpt.checkpoints import list_checkpoints, verify_checkpoint
+from sb3_mlflow_ckpt.state.archive import read_exact
 
 
 class Last(BaseCallback):
@@ -232,6 +233,37 @@ def test_what_a_callback_made_in_mid_training_is_restored(tmp_path: Path) -> Non
     model, _, _ = load_checkpoint(path, env=cart_pole(), device="cpu")
     _, ours = learned(model, tmp_path / "without", 256)
     assert "the callback Curious of the checkpoint is not there" in ours.resume_report["reason"]
+
+
+class Counting(EpisodeCheckpointCallback):
+    """Ours, with a state of a user's own."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.mine = 0
+        super().__init__(*arguments)
+        self.also_mine = 0
+
+    def _on_step(self) -> bool:
+        self.mine += 1
+        self.also_mine += 2
+        return super()._on_step()
+
+
+def test_of_a_subclass_of_ours_what_the_user_added_is_restored(tmp_path: Path) -> None:
+    learned_by = [Counting(1, 0, tmp_path), Last()]
+    ppo(cart_pole()).learn(256, learned_by)
+    expected, path = learned_by[1].hashes, list_checkpoints(tmp_path)[2]
+    exact = read_exact(path)
+    steps = verify_checkpoint(path).num_timesteps
+    assert exact is not None
+    [counted] = [state for name, state in exact["callbacks"].items() if name.endswith(".Counting")]
+    assert counted == {"n_calls": steps, "mine": steps, "also_mine": 2 * steps}
+
+    model, _, _ = load_checkpoint(path, env=cart_pole(), device="cpu")
+    again = [Counting(1, 0, tmp_path / "resumed"), Last()]
+    model.learn(256 - model.num_timesteps, again, reset_num_timesteps=False)
+    assert again[1].hashes == expected and again[0].resume_report == {"exact": True, "reason": None}
+    assert (again[0].mine, again[0].also_mine) == (256, 512)
 
 
 def test_an_evaluation_that_draws_is_not_exact(tmp_path: Path) -> None:

@@ -137,6 +137,28 @@ def test_a_failed_save_at_the_end_is_told_when_training_goes_on_without(
     assert "Checkpoint saving failed" in caplog.text
 
 
+class _Unpicklable(nn.Module):
+    def get_extra_state(self) -> Any:
+        return {"schedule": lambda progress: progress}
+
+
+def test_a_network_that_cannot_be_written_fails_a_save_like_any_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was a raw error of pickle's, which `continue` did not know, and the last of a training."""
+    for policy in ("continue", "stop"):
+        model = _ppo()
+        model.policy.odd = _Unpicklable()
+        callback = EpisodeCheckpointCallback(5, 0, tmp_path / policy, on_save_failure=policy)
+        if policy == "stop":
+            with pytest.raises(CheckpointSaveError, match=r"PicklingError|AttributeError"):
+                model.learn(64, callback=callback)
+        else:
+            model.learn(64, callback=callback)
+            assert model.num_timesteps == 64
+            assert "Checkpoint saving failed" in caplog.text and "training goes on" in caplog.text
+
+
 def test_a_reward_that_is_no_number_does_not_stop_the_checkpoints(tmp_path: Path) -> None:
     def poison(model: Any) -> None:
         model.ep_info_buffer.append({"r": float("nan"), "l": 5, "t": 0.0})

@@ -5,13 +5,19 @@ from __future__ import annotations
 import io
 import itertools
 import zipfile
+from collections import defaultdict, namedtuple
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch as th
 from sb3_contrib import TQC
 from stable_baselines3 import A2C, DQN, PPO, SAC
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
+from sb3_mlflow_ckpt import EpisodeCheckpointCallback, latest_checkpoint, load_checkpoint
 from sb3_mlflow_ckpt.state import images
 from sb3_mlflow_ckpt.state.images import ImagePool
 from sb3_mlflow_ckpt.state.model import VARIABLES, ModelRecorder
@@ -70,6 +76,72 @@ def test_what_comes_back_is_what_was_copied_the_first_time_and_later(name: str) 
         release()
 
 
+W = th.arange(9.0).reshape(3, 3)
+C = th.tensor([[1 + 2j, 3 - 4j], [5j, 6]])
+Pair = namedtuple("Pair", "one other")
+RARE: dict[str, Callable[[], Any]] = {
+    "a matrix and its transpose": lambda: {"w": W, "t": W.t(), "again": W, "t again": W.t()},
+    "a part that begins where the whole does": lambda: {"w": W, "row": W[0], "column": W[:, 0]},
+    "conjugates": lambda: {"c": C, "conjugate": C.conj()},
+    "types of their own": lambda: {str(t): th.arange(4.0).to(t) for t in (th.uint16, th.uint32, th.uint64, th.float8_e4m3fn, th.complex32)},
+    "sparse": lambda: {"s": th.eye(3).to_sparse(), "w": W},
+    "quantized": lambda: {"q": th.quantize_per_tensor(th.ones(3), 0.1, 0, th.qint8), "w": W},
+    "containers": lambda: {"pair": Pair(W, 2), "default": defaultdict(list, w=W), "size": th.Size([1, 2])},
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", RARE)
+def test_what_hardly_anybody_trains_with_is_saved_as_sb3_saves_it(name: str) -> None:
+    pool, value = ImagePool(), RARE[name]()
+    for _ in range(4):
+        part, release = fill(value, pool=pool)
+        again = th.load(io.BytesIO(bytes(part.content().data)), weights_only=False)
+        assert repr(again) == repr(loaded_as_saved(value, trusted=True))
+        release()
+
+
+class Tied(BaseFeaturesExtractor):
+    """An autoencoder's weights, a counter of a type of its own, and a form that older files do not have."""
+
+    _version = 2
+
+    def __init__(self, space: Any) -> None:
+        super().__init__(space, 4)
+        self.encoder, self.decoder = th.nn.Linear(4, 4, bias=False), th.nn.Linear(4, 4, bias=False)
+        self.decoder.weight = th.nn.Parameter(self.encoder.weight.data.t())
+        self.register_buffer("count", th.zeros(1, dtype=th.uint16))
+        self.scale = 0.0
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.decoder(th.tanh(self.encoder(observations)))
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *others: Any) -> None:
+        self.scale = float(metadata.get("version", 1))
+        super()._load_from_state_dict(state, prefix, metadata, *others)
+
+
+def test_a_network_of_ones_own_comes_back_as_it_was(tmp_path: Path) -> None:
+    kwargs = {"features_extractor_class": Tied, "net_arch": [8]}
+    model = PPO("MlpPolicy", "CartPole-v1", n_steps=64, seed=0, device="cpu", policy_kwargs=kwargs)
+    model.learn(64, EpisodeCheckpointCallback(1, 0, tmp_path))
+    path = latest_checkpoint(tmp_path)
+    assert path is not None
+    observations = th.ones(1, 4)
+    for again in (PPO.load(path, device="cpu"), load_checkpoint(path, env=model.get_env(), device="cpu")[0]):
+        assert again.policy.features_extractor.scale == 2
+        assert th.equal(again.policy.predict_values(observations), model.policy.predict_values(observations))
+
+
+def test_what_is_no_tensor_is_copied_too() -> None:
+    counts, names = np.zeros(2), {"a"}
+    part, _ = fill({"counts": counts, "names": names})
+    counts += 1
+    names.add("b")
+    again = th.load(io.BytesIO(bytes(part.content().data)), weights_only=False)
+    assert again["counts"].tolist() == [0, 0] and again["names"] == {"a"}
+
+
 @pytest.mark.parametrize("kind", [PPO, A2C, DQN, SAC, TQC], ids=lambda kind: kind.__name__)
 def test_a_training_has_torch_write_once_for_both_images(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     env = "CartPole-v1" if kind in (PPO, A2C, DQN) else "Pendulum-v1"
@@ -96,11 +168,11 @@ def test_a_training_has_torch_write_once_for_both_images(kind: Any, monkeypatch:
     assert len(wrote) <= (2 if kind is A2C else 0), "a checkpoint was pickled and written by torch again"
 
 
-def loaded_as_saved(value: Any) -> Any:
+def loaded_as_saved(value: Any, *, trusted: bool = False) -> Any:
     file = io.BytesIO()
     th.save(value, file)
     file.seek(0)
-    return th.load(file, weights_only=True)
+    return th.load(file, weights_only=not trusted)
 
 
 def test_a_number_that_changes_is_in_the_next_file_and_so_is_one_that_takes_more_bytes() -> None:
