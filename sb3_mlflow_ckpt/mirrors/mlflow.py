@@ -237,6 +237,8 @@ class MLflowMirror:
         status, run = str(record["status"]), self._target.run
         if run is not None and self._target.owned and status in TERMINAL_STATUSES:
             client = MlflowClient(tracking_uri=self._target.uri)
+            if naming.is_later(naming.attempt_of(client.get_run(run.info.run_id).data.tags), record):
+                return
             end = naming.milliseconds(record.get("ended_at"))
             client.set_terminated(run.info.run_id, naming.STATUS[status], end_time=end)
 

@@ -104,6 +104,12 @@ def attempt_of(tags: Mapping[str, str]) -> int | None:
     return int(attempt) if attempt.isdecimal() and len(attempt) < _LONGEST_ATTEMPT else None
 
 
+def is_later(attempt: int | None, record: Mapping[str, Any]) -> bool:
+    """Return whether an attempt came after that of a record: what this one has is not to be sent any more."""
+    # A record that was lost and rebuilt does not know how many there were.
+    return (attempt or 0) > int(record.get("attempt", 1)) and not record.get("rebuilt")
+
+
 def metrics(point: Mapping[str, Any]) -> Sequence[Metric]:
     """Return a point of the learning curve as metrics at its step and time; empty for one that lacks either."""
     from mlflow.entities import Metric

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 _METRICS_PER_BATCH = 900  # MLflow takes 1,000 of all kinds
 _PARAMS_PER_BATCH = 100
 _BYTES_PER_SLICE = 1 << 18
+_BELIEVED_SECONDS = 10.0
 
 
 class RecordCopy:
@@ -40,15 +42,24 @@ class RecordCopy:
         self._sent_params = False
         self._sent_tags = {str(key): str(value) for key, value in run.data.tags.items()}
         self._sent_status: tuple[int, str] | None = None
+        self._attempt: int | None = None
+        self._looked_at = 0.0
         self._metrics_offset = 0
         self._metrics_until: int | None = None
         self._warned = False
 
     def superseded(self, record: Mapping[str, Any]) -> bool:
-        """Tell whether a later attempt, at another machine, has taken over the MLflow run: nothing is sent then."""
-        later = naming.attempt_of(self._run.data.tags) or 0
-        # A record that was lost and rebuilt does not know how many there were.
-        if later <= int(record.get("attempt", 1)) or record.get("rebuilt"):
+        """Tell whether a later attempt, at another machine, has taken over the MLflow run: nothing is sent then.
+
+        MLflow is asked anew before the run is ended, and where the last answer is older than some seconds: a machine
+        that slept, or was cut off, wakes up beside its replacement.
+        """
+        age = time.time() - self._looked_at
+        ending = str(record["status"]) in TERMINAL_STATUSES and self._sent_status != _status_of(record)
+        if ending or not 0 <= age < _BELIEVED_SECONDS:
+            self._attempt = naming.attempt_of(self._client.get_run(self._run.info.run_id).data.tags)
+            self._looked_at = time.time()
+        if not naming.is_later(self._attempt, record):
             return False
         if not self._warned:
             logger.warning(
@@ -138,7 +149,7 @@ class RecordCopy:
     def send_status(self, record: Mapping[str, Any]) -> str | None:
         """Send the status if it changed; return it where it was sent."""
         status = str(record["status"])
-        attempt_status = (int(record.get("attempt", 1)), status)
+        attempt_status = _status_of(record)
         if attempt_status == self._sent_status or not self._owned:
             return None
         before, changed = self._sent_status, None
@@ -154,3 +165,7 @@ class RecordCopy:
             self._client.update_run(self._run.info.run_id, status=changed)
         self._sent_status = attempt_status
         return changed
+
+
+def _status_of(record: Mapping[str, Any]) -> tuple[int, str]:
+    return int(record.get("attempt", 1)), str(record["status"])

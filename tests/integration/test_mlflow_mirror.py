@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -371,6 +372,44 @@ def test_one_more_checkpoint_is_a_request_a_file_and_one_for_the_tag(
     asked.clear()
     mirror.replicate(journal)
     assert asked == []
+
+
+def test_an_attempt_that_wakes_up_beside_its_replacement_sends_nothing_more(
+    tmp_path: Path, tracking_uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = MlflowClient(tracking_uri)
+    run_id = client.create_run("0").info.run_id
+    journals, mirrors = [], []
+    for number, folder in enumerate(("slept", "replacement"), start=1):
+        mirror = MLflowMirror(tracking_uri, run_id=run_id)
+        journal = start_run(tmp_path / folder, run_id, attempt=number)
+        mirror.open(journal.record)
+        save(journal, number * 10, str(number).encode())
+        mirror.replicate(journal)
+        journals.append(journal)
+        mirrors.append(mirror)
+    before = client.get_run(run_id)
+
+    # It slept, which only the clock on the wall has seen.
+    with monkeypatch.context() as later:
+        later.setattr(time, "time", lambda now=time.time: now() + 3600)
+        save(journals[0], 20, b"of the one that slept")
+        mirrors[0].replicate(journals[0])
+    # At once: it is about to end the run.
+    for status in ("failed", "completed"):
+        journals[0].update(status=status, ended_at="2026-01-01T00:01:00.000Z")
+        mirrors[0].replicate(journals[0])
+        mirrors[0].tell_end(journals[0].record)
+    assert journals[0].waiting_for_mirror() == {20}
+    assert f"MLflow holds a later attempt of the run {run_id}; attempt 1 is not sent" in caplog.text
+    after = client.get_run(run_id)
+    assert (after.info.status, after.data.tags) == ("RUNNING", before.data.tags)
+    sent = Path(client.download_artifacts(run_id, "checkpoints/ep000020.zip", str(tmp_path)))
+    assert sent.read_bytes() == journals[1].folder.model(20).read_bytes()
+
+    journals[1].update(status="completed", ended_at="2026-01-01T00:02:00.000Z")
+    mirrors[1].replicate(journals[1])
+    assert client.get_run(run_id).info.status == "FINISHED"
 
 
 def test_a_checkpoint_that_is_removed_while_it_is_sent_is_no_outage(tmp_path: Path, tracking_uri: str) -> None:
