@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from sb3_mlflow_ckpt.algorithms import import_object
 from sb3_mlflow_ckpt.config import TrainingConfig
 from sb3_mlflow_ckpt.env_state import CheckpointableEnv
+from sb3_mlflow_ckpt.env_state.worker import leave_signals_to_the_trainer
 from sb3_mlflow_ckpt.errors import ConfigError
-from sb3_mlflow_ckpt.signal_watch import SIGNALS
 
 if TYPE_CHECKING:
     import gymnasium
@@ -107,28 +102,11 @@ def describe_space(space: gymnasium.Space[Any]) -> dict[str, Any]:
     return description
 
 
-def _leave_it_to_the_trainer(signum: int, frame: FrameType | None) -> None:
-    """Do nothing: the worker ends when the trainer closes its end of the pipe, or when that dies."""
-
-
-def _end_with_the_trainer() -> None:
-    """End this worker when its trainer is gone, be it in the middle of a step that takes for ever."""
-    trainer = multiprocessing.parent_process()
-    if trainer is not None:
-        trainer.join()
-        os._exit(1)
-
-
 def _make_single(env_id: str, env_kwargs: Mapping[str, Any]) -> gymnasium.Env[Any, Any]:
     """Make one environment, in the process that will step it."""
     import gymnasium
 
-    if multiprocessing.parent_process() is not None:
-        # Ctrl-C reaches every process of the group, and systemd and SLURM tell every process of the job: the trainer
-        # must still hear from its workers to save. Not ignored: that, a simulator which they start would inherit.
-        for signum in SIGNALS:
-            signal.signal(signum, _leave_it_to_the_trainer)
-        threading.Thread(target=_end_with_the_trainer, name="trainer-lives", daemon=True).start()
+    leave_signals_to_the_trainer()
     if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
         # ale_py registers its environments when it is imported.
         import_object("ale_py:AtariEnv", "env_id")

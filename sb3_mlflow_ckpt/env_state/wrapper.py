@@ -12,6 +12,7 @@ from sb3_mlflow_ckpt.env_state.generators import StateRefusedError, set_global_s
 from sb3_mlflow_ckpt.env_state.layers import layers_of
 from sb3_mlflow_ckpt.env_state.physics import SIMULATION, Simulation, is_simulation
 from sb3_mlflow_ckpt.env_state.recording import Recording, before_reset, check_plain, process_state, replay
+from sb3_mlflow_ckpt.env_state.worker import leave_ctrl_c_to_the_training
 
 MAX_RECORDED_STEPS = 100_000
 
@@ -29,6 +30,7 @@ class CheckpointableEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def __init__(self, env: gymnasium.Env[Any, Any], max_recorded_steps: int = MAX_RECORDED_STEPS) -> None:
         super().__init__(env)
+        leave_ctrl_c_to_the_training()
         self._most = max_recorded_steps
         self._layers = layers_of(env)
         self._resets_inwardly: list[Any] = [layer.env for layer in self._layers if hasattr(layer.env, "was_real_done")]

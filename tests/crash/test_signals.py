@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -62,13 +63,38 @@ def test_ctrl_c_with_environments_in_processes_still_saves(tmp_path: Path) -> No
         text=True,
     )  # fmt: skip
     wait_for(lambda: list_checkpoints(tmp_path / "checkpoints"), "the first checkpoint", process)
-    import os
-
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 130
     [record] = FolderRuns(tmp_path / "checkpoints").list()
     assert record["status"] == "interrupted"
     assert verify_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1]).trigger == "signal"
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "spawn", "fork"])
+def test_ctrl_c_in_a_users_own_script_with_environments_in_processes_saves_exactly(
+    tmp_path: Path, start_method: str
+) -> None:
+    (tmp_path / "own.py").write_text(
+        "from stable_baselines3 import PPO\n"
+        "from stable_baselines3.common.env_util import make_vec_env\n"
+        "from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize\n"
+        "from sb3_mlflow_ckpt import CheckpointableEnv, EpisodeCheckpointCallback\n"
+        "if __name__ == '__main__':\n"
+        "    env = VecNormalize(make_vec_env('CartPole-v1', 2, vec_env_cls=SubprocVecEnv,\n"
+        f"        vec_env_kwargs={{'start_method': {start_method!r}}}, wrapper_class=CheckpointableEnv))\n"
+        "    model = PPO('MlpPolicy', env, n_steps=64, device='cpu')\n"
+        "    model.learn(10_000_000, callback=EpisodeCheckpointCallback(20))\n"
+    )
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "own.py"], cwd=tmp_path, env=environment(), stdout=log, stderr=log, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+    wait_for(lambda: list_checkpoints(tmp_path / "checkpoints"), "the first checkpoint", process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130, (tmp_path / "log").read_text()
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert verify_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1]).resume_state["exact"] is True
 
 
 def test_a_users_own_script_is_saved_on_sigterm(tmp_path: Path) -> None:
