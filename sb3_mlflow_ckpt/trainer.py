@@ -18,7 +18,7 @@ import contextlib
 import logging
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -38,6 +38,7 @@ from sb3_mlflow_ckpt.errors import (
     IncompatibleCheckpointError,
     TrainingInterrupted,
 )
+from sb3_mlflow_ckpt.metadata import CheckpointMetadata
 from sb3_mlflow_ckpt.mirrors.mlflow import MLflowMirror
 from sb3_mlflow_ckpt.origins import note_origin
 from sb3_mlflow_ckpt.replication import Mirror
@@ -55,6 +56,8 @@ logger = logging.getLogger(__name__)
 
 SMOKE_TIMESTEPS = 2_048
 SMOKE_SECONDS = 30.0
+# What makes it another training where it is given and differs.
+_IDENTITY = ("env_id", "seed")
 _INITIAL_ONLY = frozenset({"policy_kwargs.log_std_init", "policy_kwargs.ortho_init", "zero_policy"})
 
 
@@ -156,8 +159,7 @@ def resolve_config(config: TrainingConfig, source: ResumeSource | None = None) -
             checkpoint_dir=config.checkpoint_dir,
             agent_id=config.agent,
             tracking_uri=config.tracking_uri,
-            # A trial must not become what the real training starts from.
-            accept=lambda metadata: config.mode == "smoke" or metadata.config.get("mode") != "smoke",
+            accept=_accepted(config),
             algo=config.algo if "algo" in config.model_fields_set else None,
         )
     saved: dict[str, Any] = {}
@@ -179,6 +181,33 @@ def resolve_config(config: TrainingConfig, source: ResumeSource | None = None) -
     return ResolvedTraining(resolved, source, changed, tuple(saved.get("undescribed") or ()))
 
 
+def _accepted(config: TrainingConfig) -> Callable[[CheckpointMetadata], bool]:
+    """Return which checkpoints `latest` and `auto` may take."""
+    given = {key: getattr(config, key) for key in _IDENTITY if key in config.model_fields_set}
+    told = False
+
+    def accept(metadata: CheckpointMetadata) -> bool:
+        nonlocal told
+        saved = metadata.config
+        if config.mode != "smoke" and saved.get("mode") == "smoke":
+            return False  # A trial must not become what the real training starts from.
+        # The same command on every restart is one training. Another seed is another one; `latest` and a path override.
+        other = [key for key in given if saved.get(key, given[key]) != given[key]]
+        if config.resume_from_checkpoint != "auto" or not other:
+            return True
+        if not told:
+            told = True
+            differences = ", ".join(f"{key} {saved[key]!r} and not {given[key]!r}" for key in other)
+            logger.warning(
+                "auto leaves out what is of another training: run %s has %s. To go on from it, name its checkpoint",
+                metadata.run_id,
+                differences,
+            )
+        return False
+
+    return accept
+
+
 def train(
     config: TrainingConfig, *, reporter: Reporter | None = None, sweep: SweepPlace | None = None
 ) -> TrainingResult:
@@ -196,6 +225,7 @@ def train(
         TrainingInterrupted: A signal ended it, after a checkpoint.
     """
     resolved = resolve_config(config, sweep.source if sweep is not None else None)
+    _check_device(resolved.config.device)
     if reporter is not None:
         reporter.starting(resolved)
     if resolved.num_timesteps >= resolved.config.total_timesteps:
@@ -213,6 +243,18 @@ def train(
         # A worker that was killed cannot be closed any more; the training's own error is what counts.
         with contextlib.suppress(OSError, EOFError):
             close_env(env, in_a_step=isinstance(sys.exc_info()[1], TrainingInterrupted))
+
+
+def _check_device(device: str) -> None:
+    """Raise a ConfigError where SB3 would train on the processor without a word."""
+    import torch as th
+
+    if device.partition(":")[0] == "cuda" and not th.cuda.is_available():
+        raise ConfigError(
+            "device",
+            f"{device!r} is not there: torch {th.__version__} finds no GPU",
+            hint="`auto` takes one where there is one, `cpu` trains without",
+        )
 
 
 def _learn(

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any
 
 import click
@@ -146,3 +148,14 @@ class Group(Command, click.Group):
 def print_json(value: Any) -> None:
     """Print a value as JSON that a terminal can show."""
     click.echo(printable_json(json.dumps(value, indent=2, ensure_ascii=False, default=str)))
+
+
+def find_modules_here() -> None:
+    """Have environments and wrappers of the folder that a command is given in be found, as `python -m` has them."""
+    try:
+        here = str(Path.cwd())
+    except FileNotFoundError:
+        return  # Somebody removed it.
+    if here not in sys.path and "" not in sys.path and not getattr(sys.flags, "safe_path", False):
+        # At the end: a file there is not to stand for an installed package.
+        sys.path.append(here)

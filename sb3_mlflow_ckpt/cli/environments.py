@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from sb3_mlflow_ckpt.cli.commands import FAILURE_EXIT_CODE, Command, print_json
+from sb3_mlflow_ckpt.cli.commands import FAILURE_EXIT_CODE, Command, find_modules_here, print_json
 from sb3_mlflow_ckpt.cli.options import json_option
 
 
@@ -34,6 +34,7 @@ def check_env_command(
     from sb3_mlflow_ckpt.cli.settings import flag_layer
     from sb3_mlflow_ckpt.env_check import EnvSpecification, check_env
 
+    find_modules_here()
     given = flag_layer({"env_kwargs": env_kwargs, "env_wrappers": env_wrappers}).values
     reports = [
         check_env(

@@ -5,6 +5,7 @@ Values stay unvalidated: `config.build_config` checks them and names where they 
 
 from __future__ import annotations
 
+import difflib
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ _DEPTH = 32
 _MOST_VALUES = 100_000
 _MOST_MERGED = 64
 _PAIR = re.compile(r"(?P<key>[^\s=:{}\[\]]+)=(?P<value>.*)", re.DOTALL)
+_NEARLY = 0.85
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", bool: "true|false", dict: "MAPPING", list: "LIST"}
 
 
@@ -112,7 +114,19 @@ def flag_layer(given: Mapping[str, str | Sequence[str] | None]) -> Layer:
 
 
 def environment_layer(environ: Mapping[str, str]) -> Layer:
-    """Return the layer of environment variables; an empty one is "not given"."""
+    """Return the layer of environment variables; an empty one is "not given".
+
+    Raises:
+        ConfigError: One is misspelt.
+    """
+    known = {setting.variable.removeprefix(ENVIRONMENT_PREFIX): setting for setting in settings()}
+    for variable in environ:
+        name = variable.removeprefix(ENVIRONMENT_PREFIX)
+        if not variable.startswith(ENVIRONMENT_PREFIX) or name in known:
+            continue
+        # Others may have names of their own: only what is nearly a setting was meant to be one.
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=_NEARLY):
+            raise ConfigError(variable, "it is no setting", hint=f"Did you mean {known[close[0]].variable}?")
     given = [(s, environ[s.variable]) for s in settings() if environ.get(s.variable, "") not in ("", INHERIT)]
     return Layer(
         "the environment",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sb3_mlflow_ckpt.cli.commands import Command
+from sb3_mlflow_ckpt.cli.commands import Command, find_modules_here
 from sb3_mlflow_ckpt.cli.options import training_options
 from sb3_mlflow_ckpt.printable import printable
 
@@ -27,6 +27,7 @@ def train_command(config_file: str | None, dry_run: bool, **flags: str | tuple[s
     from sb3_mlflow_ckpt.cli.settings import environment_layer, file_layer, flag_layer
     from sb3_mlflow_ckpt.config import INHERIT, build_config
 
+    find_modules_here()
     layers = [flag_layer(flags)]
     if config_file is not None and config_file != INHERIT:
         layers.append(file_layer(config_file))

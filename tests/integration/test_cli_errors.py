@@ -9,12 +9,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch as th
 import yaml
 from click.testing import CliRunner, Result
 from journals import save, start_run
+from processes import environment
 from stable_baselines3 import PPO
 
 from sb3_mlflow_ckpt import checkpoints, trainer
+from sb3_mlflow_ckpt.checkpoints import list_checkpoints, verify_checkpoint
 from sb3_mlflow_ckpt.cli import main
 from sb3_mlflow_ckpt.cli.commands import builtin_name
 from sb3_mlflow_ckpt.config import TrainingConfig
@@ -462,3 +465,57 @@ def test_the_program_tells_of_a_missing_checkpoint_without_a_traceback(tmp_path:
 def test_the_program_lists_what_a_pipe_can_read(saved: list[Path], tmp_path: Path) -> None:
     done = program("sb3_mlflow_ckpt", "checkpoints", "list", cwd=tmp_path)
     assert done.stdout.splitlines() == [str(path) for path in sorted(saved)]
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    if th.cuda.is_available():
+        pytest.skip("There is a GPU")
+    line = fails("train", "--device", "cuda:1", "--mlflow", "false")
+    assert line.startswith("Error: device: 'cuda:1' is not there: torch ")
+    assert line.endswith("finds no GPU. `auto` takes one where there is one, `cpu` trains without")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_environment_variable_that_is_misspelt_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SB3_MLFLOW_CKPT_OF_SOMEBODY_ELSE", "1")
+    monkeypatch.setenv("SB3_MLFLOW_CKPT_TOTAL_TIMESTEP", "500")
+    assert fails("train", "--dry-run") == (
+        "Error: SB3_MLFLOW_CKPT_TOTAL_TIMESTEP: it is no setting. Did you mean SB3_MLFLOW_CKPT_TOTAL_TIMESTEPS?"
+    )
+
+
+def test_an_environment_of_ones_own_is_found_in_the_folder_that_the_command_is_given_in(tmp_path: Path) -> None:
+    (tmp_path / "own_env.py").write_text(
+        "import gymnasium\n"
+        "from gymnasium.envs.classic_control import CartPoleEnv\n"
+        "gymnasium.register('Own-v0', CartPoleEnv, max_episode_steps=20)\n"
+    )
+    command = Path(sys.executable).with_name("sb3-mlflow-ckpt")
+    small = ("--total-timesteps", "64", "--hyperparameters", "n_steps=64", "--mlflow", "false")
+    for words in (("train", "--env-id", "own_env:Own-v0", "--vec-env", "subproc", *small), ("check-env", "own_env:Own-v0")):
+        done = subprocess.run([command, *words], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+
+def test_auto_goes_on_with_the_training_that_the_command_names_and_with_no_other(tmp_path: Path) -> None:
+    def train(*words: str) -> str:
+        small = ("--total-timesteps", "128", "--hyperparameters", "n_steps=64", "--mlflow", "false")
+        done = program("sb3_mlflow_ckpt", "train", *small, "--resume-from-checkpoint", "auto", *words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    # A loop over seeds trained the first one only.
+    for seed in ("0", "1"):
+        said = train("--seed", seed)
+        assert "Trained 128 timesteps" in said and "Resuming" not in said
+    assert "auto leaves out what is of another training: run " in said
+    assert "has seed 0 and not 1. To go on from it, name its checkpoint" in said.replace("\n", " ")
+    for seed in ("0", "1"):
+        assert "Resuming" in (said := train("--seed", seed, "--total-timesteps", "192")), said
+        assert "seed:" not in said
+    assert "Resuming" not in train("--seed", "1", "--env-id", "Acrobot-v1")
+    found = [verify_checkpoint(path) for path in list_checkpoints("checkpoints")]
+    trainings = {m.run_id: (m.config["seed"], m.config["env_id"]) for m in found}
+    assert sorted(trainings.values()) == [
+        (0, "CartPole-v1"), (0, "CartPole-v1"), (1, "Acrobot-v1"), (1, "CartPole-v1"), (1, "CartPole-v1"),
+    ]  # fmt: skip
