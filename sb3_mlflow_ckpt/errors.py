@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from sb3_mlflow_ckpt.printable import printable
+
+# How `requests` ends: (Caused by NewConnectionError("HTTPConnection(host='h', port=1): ...")).
+_BENEATH = re.compile(r"\(Caused by \w+\(['\"]?(?:<[^>]*>: |\w+\([^)]*\): )?(?P<cause>.*?)['\"]?\)+$")
 
 
 def _made_again(kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> BaseException:
@@ -222,6 +226,8 @@ class MirrorUnavailableError(_Portable, ConnectionError):
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         # pymongo appends its timeouts and a dump of its topology.
         reason = reason.partition(" (configured timeouts")[0].partition(", Timeout:")[0].rstrip(" .")
+        if beneath := _BENEATH.search(reason):
+            reason = beneath["cause"]
         if len(reason) > 300:
             reason = f"{reason[:300].rpartition(' ')[0]} ..."
         if refused:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import tempfile
@@ -101,7 +102,17 @@ def resolve_checkpoint(
         if newest is None:
             raise CheckpointNotFoundError(reference, "The folder is not a run folder with a checkpoint that verifies")
         return _from_path(newest, lease=lease)
+    if not path.exists() and (hint := _meant(reference)):
+        raise CheckpointNotFoundError(reference, hint)
     return _from_path(path, algo)
+
+
+def _meant(reference: str) -> str | None:
+    """Return what a reference that is no path was meant to be, as a sentence."""
+    if reference.startswith(("run:/", "runs:")):
+        return "A checkpoint in MLflow is written runs:/<run id>, or runs:/<run id>/checkpoints/ep000100.zip"
+    close = difflib.get_close_matches(reference, ("latest", "auto"), n=1)
+    return f"Did you mean {close[0]}?" if close else None
 
 
 def newest_of_run(

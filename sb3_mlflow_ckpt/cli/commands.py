@@ -18,6 +18,7 @@ import click
 from sb3_mlflow_ckpt.errors import (
     CheckpointError,
     ConfigError,
+    IncompatibleCheckpointError,
     InvalidIdError,
     InvalidQueryError,
     MirrorUnavailableError,
@@ -64,7 +65,9 @@ def one_line_errors() -> Iterator[None]:
     except MirrorUnavailableError as error:
         raise OneLineError(f"Error: {error}") from error
     except CheckpointError as error:
-        kind = OneLineUsageError if isinstance(error, InvalidIdError) else OneLineError
+        # To start the same command again would not help.
+        wrong = isinstance(error, (InvalidIdError, IncompatibleCheckpointError))
+        kind = OneLineUsageError if wrong else OneLineError
         raise kind(f"{builtin_name(error)}: {error}") from error
 
 

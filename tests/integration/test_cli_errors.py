@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -519,3 +520,33 @@ def test_auto_goes_on_with_the_training_that_the_command_names_and_with_no_other
     assert sorted(trainings.values()) == [
         (0, "CartPole-v1"), (0, "CartPole-v1"), (1, "Acrobot-v1"), (1, "CartPole-v1"), (1, "CartPole-v1"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("reference", "hint"),
+    [
+        ("latst", "Did you mean latest?"),
+        ("run:/abc", "A checkpoint in MLflow is written runs:/<run id>, or runs:/<run id>/checkpoints/ep000100.zip"),
+    ],
+)
+def test_what_is_to_be_resumed_is_misspelt(reference: str, hint: str) -> None:
+    line = fails("train", "--resume-from-checkpoint", reference, "--mlflow", "false", code=1)
+    assert line == f"FileNotFoundError: Checkpoint not found: {reference}. {hint}"
+
+
+def test_a_checkpoint_of_another_algorithm_is_a_wrong_setting(tmp_path: Path) -> None:
+    path = checkpoints.save_checkpoint(
+        PPO("MlpPolicy", "CartPole-v1", n_steps=8), tmp_path, agent_id="a", run_id="r", episode=1
+    )
+    line = fails("train", "--resume-from-checkpoint", str(path), "--algo", "a2c", "--mlflow", "false")
+    assert "it was trained with 'ppo', this run asks for 'a2c'" in line
+
+
+def test_a_server_that_is_not_there_is_told_by_what_was_the_matter(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    done = program("sb3_mlflow_ckpt", "train", "--total-timesteps", "64", "--tracking-uri", address, cwd=tmp_path)
+    assert done.returncode == 1
+    line = done.stderr
+    assert line.startswith(f"Error: MLflow at {address} does not answer: Failed to establish a new connection: [Errno ")
+    assert "refused. Start it or correct the address; with start_offline" in line
