@@ -31,6 +31,7 @@ from sb3_mlflow_ckpt.metadata import CheckpointMetadata
 from sb3_mlflow_ckpt.mirror_process import DEFAULT_AFTER_SECONDS
 from sb3_mlflow_ckpt.origins import lease_of, note_origin
 from sb3_mlflow_ckpt.policies import EveryNEpisodes, MirrorBacklog, Retention
+from sb3_mlflow_ckpt.printable import printable
 from sb3_mlflow_ckpt.replication import Mirror
 from sb3_mlflow_ckpt.resumption import ResumeState
 from sb3_mlflow_ckpt.run_opening import Lineage, cancel, first_record, open_run
@@ -82,7 +83,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         max_unmirrored_checkpoints: Checkpoints that an outage may keep on disk beyond keep_last_n_checkpoints.
         mirror_process_seconds: After how many seconds of training each mirror works in a process of its own, which
             takes less time from the training than a thread; infinity keeps it in a thread.
-        verbose: SB3's verbosity.
+        verbose: 1 prints where the checkpoints are when training begins and ends, and whether a resume is exact.
 
     Raises:
         InvalidIdError: An id could leave its folder.
@@ -257,6 +258,7 @@ class EpisodeCheckpointCallback(BaseCallback):
                 raise
             self._exit.install()
             self._prepare(live)
+            self._say(f"Run {self.run_id}: checkpoints in {live.folder.path.absolute()}")
 
     def _prepare(self, live: LiveRun) -> None:
         self.logger.output_formats.append(self._curve)
@@ -505,3 +507,16 @@ class EpisodeCheckpointCallback(BaseCallback):
                 note_origin(self.model, str(live.latest.absolute()), live.latest_metadata)
             self._exit.remove()
             self._signals.remove()
+            self._say_end(live, status)
+
+    def _say_end(self, live: LiveRun, status: str) -> None:
+        if live.latest is None or live.latest_metadata is None:
+            self._say(f"Run {self.run_id}: {status}, without a checkpoint")
+            return
+        resume = live.latest_metadata.resume_state
+        exact = "exact" if resume.get("exact") else f"not exact: {resume.get('reason')}"
+        self._say(f"Run {self.run_id}: {status}; its last checkpoint is {live.latest.absolute()} (a resume is {exact})")
+
+    def _say(self, line: str) -> None:
+        if self.verbose >= 1:
+            print(printable(line))

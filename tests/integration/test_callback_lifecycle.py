@@ -244,3 +244,17 @@ def test_a_training_that_stands_still_in_its_first_second_is_known_to_have_stepp
     [record] = seen
     assert record["status"] == "running"
     assert record["last_step_at"] is not None
+
+
+def test_a_callback_says_where_its_checkpoints_are_if_it_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _ppo().learn(32, callback=EpisodeCheckpointCallback(0, 0, tmp_path / "mute"))
+    assert capsys.readouterr().out == ""
+    callback = EpisodeCheckpointCallback(0, 0, tmp_path, run_id="r", verbose=1)
+    with pytest.raises(TrainingInterrupted):
+        _ppo().learn(1000, callback=[_At(40, lambda model: signal.raise_signal(signal.SIGINT)), callback])
+    first, last = capsys.readouterr().out.splitlines()
+    [path] = list_checkpoints(tmp_path, "r")
+    assert first == f"Run r: checkpoints in {path.parent}"
+    assert last.startswith(f"Run r: interrupted; its last checkpoint is {path} (a resume is not exact: ")
