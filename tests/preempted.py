@@ -105,6 +105,18 @@ class Preempted:
         return trainer(*words, cwd=self.cwd)
 
 
+def saved_at_signal(checkpoint_dir: Path) -> CheckpointMetadata:
+    """Return the newest checkpoint of the only run, which must be of the moment at which a signal stopped it.
+
+    It says `interval` where one fell due in that very moment.
+    """
+    [record] = FolderRuns(checkpoint_dir).list()
+    newest = verify_checkpoint(list_checkpoints(checkpoint_dir)[-1])
+    assert newest.trigger in ("signal", "interval")
+    assert newest.num_timesteps == record["progress"]["num_timesteps"]
+    return newest
+
+
 def shell_code(returncode: int) -> int:
     """Return the exit code that a shell reports: one that died of a signal counts as 128 + its number."""
     return 128 - returncode if returncode < 0 else returncode

@@ -11,6 +11,7 @@ import pytest
 import torch as th
 from gymnasium.wrappers import TimeLimit
 from matrix import Fingerprints, fingerprint
+from preempted import saved_at_signal
 from processes import environment, start_trainer, trainer, wait_for
 from rows import ROWS
 from stable_baselines3 import PPO, SAC
@@ -100,8 +101,7 @@ def test_a_training_that_a_signal_stopped_ends_as_if_it_had_not(tmp_path: Path) 
     wait_for(lambda: list_checkpoints(tmp_path / "checkpoints"), "the first checkpoint", process)
     process.terminate()
     assert process.wait(60) == 143
-    [stopped] = [p for p in list_checkpoints(tmp_path / "checkpoints") if verify_checkpoint(p).trigger == "signal"]
-    metadata = verify_checkpoint(stopped)
+    metadata = saved_at_signal(tmp_path / "checkpoints")
     assert metadata.resume_state["exact"]
     target = metadata.num_timesteps + 1_000
     done = trainer(*flags, "--total-timesteps", target, cwd=tmp_path)
