@@ -23,7 +23,13 @@ def start_run(
 ) -> RunJournal:
     """Start a run in a folder; `fields` change its record."""
     journal = RunJournal(RunFolder(checkpoint_dir, agent_id, run_id))
-    record = new_record(
+    journal.start({**new_run(run_id, agent_id, config), **fields})
+    return journal
+
+
+def new_run(run_id: str, agent_id: str, config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the record of a run that starts."""
+    return new_record(
         run_id=run_id,
         agent_id=agent_id,
         name=None,
@@ -36,8 +42,6 @@ def start_run(
         heartbeat_seconds=10.0,
         environment={"host": "here", "pid": 1, "versions": {"python": "3.11"}},
     )
-    journal.start({**record, **fields})
-    return journal
 
 
 def commit(folder: RunFolder, episode: int, content: bytes = b"a zip") -> CheckpointMetadata:
