@@ -213,7 +213,7 @@ class MirrorProcess:
         if "mirrored" in answer:
             journal.add_mirrored(*answer["mirrored"])
         elif "unmirrored" in answer:
-            journal.add_unmirrored(answer["unmirrored"])
+            journal.add_unmirrored(*answer["unmirrored"])
         elif "update" in answer:
             journal.update(**answer["update"])
         elif "log" in answer:

@@ -53,7 +53,7 @@ class MirroredJournal(Protocol):
         """Note that a checkpoint lies whole in the mirror."""
         ...
 
-    def add_unmirrored(self, episode: int) -> None:
+    def add_unmirrored(self, episode: int, sha256: str | None) -> None:
         """Note that the mirror's retention removed its copy."""
         ...
 

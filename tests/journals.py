@@ -73,6 +73,11 @@ def mirror(journal: RunJournal, episode: int, uri: str) -> None:
     journal.add_mirrored(episode, uri, journal.ledger.saved[episode]["sha256"])
 
 
+def unmirror(journal: RunJournal, episode: int) -> None:
+    """Note that the mirror's retention removed its copy of a checkpoint as it is on disk."""
+    journal.add_unmirrored(episode, journal.ledger.saved[episode]["sha256"])
+
+
 def prune(journal: RunJournal, episode: int) -> None:
     """Remove a checkpoint's files and note it."""
     journal.folder.metadata(episode).unlink()

@@ -108,7 +108,7 @@ class Uploads:
                 logger.warning("This artifact store cannot delete: mlflow_keep_last_n_checkpoints keeps all")
                 self._retention = Retention(0)
                 return
-            journal.add_unmirrored(episode)
+            journal.add_unmirrored(episode, before.saved[episode].get("sha256"))
         gone = _chunks(before.saved[episode] for episode in removable)
         if not gone:
             return
