@@ -15,14 +15,12 @@ import json
 import logging
 import math
 import os
-import select
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-from typing import IO, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+from sb3_mlflow_ckpt.child_process import ChildProcess, ProcessDiedError
 from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.replication import Mirror
 
@@ -34,7 +32,6 @@ _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from sb3_mlflow_ckpt.mirrors.process import main; main()"
 )
 _MOST_DEATHS = 3
-_KILL_SECONDS = 5.0
 
 
 @runtime_checkable
@@ -52,10 +49,6 @@ class Relocatable(Protocol):
 
 class MirrorFailedError(Exception):
     """What the mirror raised in its process: an outage, as a rule."""
-
-
-class ProcessDiedError(Exception):
-    """The mirror's process ended, or said what makes no sense."""
 
 
 class MirrorPlace:
@@ -80,7 +73,8 @@ class MirrorPlace:
     @property
     def process_id(self) -> int | None:
         """The id of the process that does the work; None while it is a thread of this one."""
-        return self._process.id if self._process is not None and self._process.is_ready() else None
+        process = self._process
+        return process.id if process is not None and process.ready else None
 
     def replicate(self) -> None:
         """Send everything that the journal has and the mirror has not; raises on an outage, as the mirror does."""
@@ -102,24 +96,27 @@ class MirrorPlace:
     def close(self) -> None:
         """End the process, whatever it does at this moment. Callable from any thread."""
         self._closed = True
-        if self._process is not None:
-            self._process.kill()
+        # The replicator's thread may bury it at this moment.
+        process = self._process
+        if process is not None:
+            process.kill()
 
     def _start(self) -> None:
         assert isinstance(self._mirror, Relocatable)
-        blueprint = self._mirror.blueprint()
-        if blueprint is None or self._closed:
-            return
         try:
+            blueprint = self._mirror.blueprint()
+            if blueprint is None or self._closed:
+                return
             self._process = MirrorProcess(blueprint, self._journal)
-        except OSError as error:
-            self._bury(ProcessDiedError(f"it cannot be started: {error}"))
+        except Exception as error:
+            # Whatever it is, the mirror is not behind: the thread has just sent everything.
+            self._bury(error)
         else:
             if self._closed:
                 # Meanwhile: nobody else knows of it yet.
                 self._process.kill()
 
-    def _bury(self, error: ProcessDiedError) -> None:
+    def _bury(self, error: Exception) -> None:
         """Have this process do the work again; after a while, or never if it happens again and again."""
         self._deaths += 1
         if self._process is not None:
@@ -133,38 +130,42 @@ class MirrorPlace:
 
 
 class MirrorProcess:
-    """The process, from this side.
+    """The process, from this side. One thread tells it and asks it; any thread ends it.
 
     Args:
         blueprint: What the mirror is made from.
         journal: The run.
 
+    Attributes:
+        ready: Whether it has said that it can be told to work.
+
     Raises:
         OSError: It cannot be started.
+        ProcessDiedError: It died at once, or there is no Python to start.
     """
 
     def __init__(self, blueprint: Mapping[str, Any], journal: RunJournal) -> None:
         self._journal = journal
         self._sent_record: dict[str, Any] | None = None
-        self._ready = False
-        # Its messages come as log lines; what a library prints there is nobody's.
-        self._child = subprocess.Popen(
-            [sys.executable, "-c", _START, json.dumps(sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
+        self.ready = False
+        if not sys.executable:
+            raise ProcessDiedError("it is not known which program this Python is")
+        # A script may have put anything there; Python itself passes over what is not a string.
+        path = [entry for entry in sys.path if isinstance(entry, str)]
+        self._child = ChildProcess([sys.executable, "-c", _START, json.dumps(path)])
         self._feed = journal.feed()
         folder = journal.folder
         place = [str(folder.checkpoint_dir.absolute()), folder.agent_id, folder.run_id]
-        with suppress(ProcessDiedError):
-            # One that died at once is noticed when it is asked whether it is ready.
-            self._tell({"mirror": dict(blueprint), "folder": place})
+        try:
+            self._child.tell({"mirror": dict(blueprint), "folder": place})
+        except BaseException:
+            self.kill()
+            raise
 
     @property
     def id(self) -> int:
         """The process's id."""
-        return self._child.pid
+        return self._child.id
 
     def is_ready(self) -> bool:
         """Return whether it can be told to work. Does not wait.
@@ -172,11 +173,12 @@ class MirrorProcess:
         Raises:
             ProcessDiedError: It died before it was.
         """
-        if not self._ready:
-            readable, _, _ = select.select([self._output], [], [], 0)
-            if readable:
-                self._ready = self._hear() == {"ready": True}
-        return self._ready
+        while not self.ready and (said := self._child.heard()) is not None:
+            if "ready" in said:
+                self.ready = True
+            else:
+                self._take(said)
+        return self.ready
 
     def replicate(self) -> None:
         """Tell what changed, and wait until the mirror has it.
@@ -187,10 +189,10 @@ class MirrorProcess:
         """
         record, events = self._journal.record, self._feed.take()
         changed = {} if record == self._sent_record else {"record": record}
-        self._tell({**changed, "events": events})
+        self._child.tell({**changed, "events": events})
         self._sent_record = record
         while True:
-            answer = self._hear()
+            answer = self._child.hear()
             if "failed" in answer:
                 raise MirrorFailedError(str(answer["failed"]))
             if "done" in answer:
@@ -201,46 +203,23 @@ class MirrorProcess:
         """End it."""
         self._journal.unfeed(self._feed)
         self._child.kill()
-        for pipe in (self._child.stdin, self._child.stdout):
-            if pipe is not None:
-                with suppress(OSError):
-                    pipe.close()
-        with suppress(subprocess.TimeoutExpired):
-            self._child.wait(_KILL_SECONDS)
 
     def _take(self, answer: Mapping[str, Any]) -> None:
+        """Write down what it says.
+
+        Raises:
+            ProcessDiedError: That cannot be done. Its next answers would be taken for those to later questions.
+        """
         journal = self._journal
-        if "mirrored" in answer:
-            journal.add_mirrored(*answer["mirrored"])
-        elif "unmirrored" in answer:
-            journal.add_unmirrored(*answer["unmirrored"])
-        elif "update" in answer:
-            journal.update(**answer["update"])
-        elif "log" in answer:
-            name, level, message = answer["log"]
-            logging.getLogger(name).log(level, "%s", message)
-
-    @property
-    def _output(self) -> IO[bytes]:
-        assert self._child.stdout is not None
-        return self._child.stdout
-
-    def _tell(self, message: Mapping[str, Any]) -> None:
-        assert self._child.stdin is not None
         try:
-            self._child.stdin.write(json.dumps(message).encode() + b"\n")
-            self._child.stdin.flush()
-        except (OSError, ValueError) as error:
-            raise ProcessDiedError(str(error)) from error
-
-    def _hear(self) -> dict[str, Any]:
-        try:
-            line = self._output.readline()
-            if not line.endswith(b"\n"):
-                raise ProcessDiedError(f"it ended with code {self._child.poll()}")
-            answer = json.loads(line)
-        except (OSError, ValueError) as error:
-            raise ProcessDiedError(str(error)) from error
-        if not isinstance(answer, dict):
-            raise ProcessDiedError(f"it said {line[:80]!r}")
-        return answer
+            if "mirrored" in answer:
+                journal.add_mirrored(*answer["mirrored"])
+            elif "unmirrored" in answer:
+                journal.add_unmirrored(*answer["unmirrored"])
+            elif "update" in answer:
+                journal.update(**answer["update"])
+            elif "log" in answer:
+                name, level, message = answer["log"]
+                logging.getLogger(name).log(level, "%s", message)
+        except Exception as error:
+            raise ProcessDiedError(f"what it said was not taken: {error}") from error
