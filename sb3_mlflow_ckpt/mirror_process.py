@@ -2,7 +2,7 @@
 
 MLflow's and MongoDB's clients are Python: each millisecond that they work in a thread is one that the training waits
 for the interpreter. A process of its own takes a second or two to start, so it is worth it for a run that lasts. The
-thread does the work until the process is there, and again if it dies.
+thread does the work until the process is there, and again if it dies or fails again and again.
 
 The process knows of the run what it is told: the record and the ledger's lines, as they change. It answers with what
 became of the copies, and the training's journal writes that down: a run folder has one writer. `mirrors.process` is
@@ -32,6 +32,9 @@ _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from sb3_mlflow_ckpt.mirrors.process import main; main()"
 )
 _MOST_DEATHS = 3
+_MOST_FAILURES = 4
+_LASTING_SECONDS = 600.0
+_LONGEST_WAIT_SECONDS = 1200.0
 
 
 @runtime_checkable
@@ -68,6 +71,9 @@ class MirrorPlace:
         self._due = time.monotonic() + after_seconds if possible else math.inf
         self._process: MirrorProcess | None = None
         self._deaths = 0
+        self._failures = 0
+        self._started = 0.0
+        self._wait = DEFAULT_AFTER_SECONDS
         self._closed = False
 
     @property
@@ -78,16 +84,21 @@ class MirrorPlace:
 
     def replicate(self) -> None:
         """Send everything that the journal has and the mirror has not; raises on an outage, as the mirror does."""
-        process = self._process
-        if process is not None:
+        if self._process is not None:
             try:
-                if process.is_ready():
-                    process.replicate()
+                if self._process.is_ready():
+                    self._process.replicate()
+                    self._failures = 0
                     return
             except ProcessDiedError as error:
                 self._bury(error)
-                if self._closed:
-                    return
+            except MirrorFailedError as error:
+                self._failures += 1
+                if self._failures < _MOST_FAILURES:
+                    raise
+                self._set_aside(error)
+            if self._closed:
+                return
         self._mirror.replicate(self._journal)
         # Only now: what the mirror is to be told elsewhere, such as its run's id, is known since.
         if self._process is None and time.monotonic() >= self._due:
@@ -108,6 +119,7 @@ class MirrorPlace:
             if blueprint is None or self._closed:
                 return
             self._process = MirrorProcess(blueprint, self._journal)
+            self._started = time.monotonic()
         except Exception as error:
             # Whatever it is, the mirror is not behind: the thread has just sent everything.
             self._bury(error)
@@ -119,14 +131,31 @@ class MirrorPlace:
     def _bury(self, error: Exception) -> None:
         """Have this process do the work again; after a while, or never if it happens again and again."""
         self._deaths += 1
+        self._leave_process()
+        self._due = time.monotonic() + DEFAULT_AFTER_SECONDS if self._deaths < _MOST_DEATHS else math.inf
+        if not self._closed:
+            logger.info("The process that sends to %s is gone, this one goes on (%s)", self._mirror.name, error)
+
+    def _set_aside(self, error: MirrorFailedError) -> None:
+        """Have this process do the work, whose environment may hold what the other's lacks: a token that was renewed.
+
+        The next process inherits what the environment is then. It is started when the thread has sent everything: in
+        an outage, which fails here as there, none is, however often it is tried. Where the thread succeeds and the
+        processes fail, each that does not last doubles the wait for the next one, up to a limit.
+        """
+        lasted = time.monotonic() - self._started >= _LASTING_SECONDS
+        self._wait = DEFAULT_AFTER_SECONDS if lasted else min(2 * self._wait, _LONGEST_WAIT_SECONDS)
+        self._leave_process()
+        self._due = time.monotonic() + self._wait
+        logger.debug("%s is sent to from the training's own process for a while (%s)", self._mirror.name, error)
+
+    def _leave_process(self) -> None:
+        self._failures = 0
         if self._process is not None:
             self._process.kill()
             self._process = None
             if isinstance(self._mirror, Relocatable):
                 self._mirror.take_back()
-        self._due = time.monotonic() + DEFAULT_AFTER_SECONDS if self._deaths < _MOST_DEATHS else math.inf
-        if not self._closed:
-            logger.info("The process that sends to %s is gone, this one goes on (%s)", self._mirror.name, error)
 
 
 class MirrorProcess:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from holding_proxy import holding
 from journals import add_point, prune, save, start_run
 from mlflow import MlflowClient
 from mlflow_server import MlflowServer
@@ -186,6 +187,69 @@ def test_a_request_that_hangs_ends_with_the_run(journal: RunJournal, mlflow_serv
     wait_for(lambda: not process.is_running(), "the process to be ended")
     # It was told the end beside the request that hung.
     assert MlflowClient(mlflow_server.uri).get_run(str(mirror.run_id)).info.status == "FINISHED"
+
+
+def test_a_token_that_the_training_renews_reaches_the_mirror(
+    journal: RunJournal, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror_process, "DEFAULT_AFTER_SECONDS", 0.5)
+    with holding(mlflow_server.uri) as proxy:
+
+        def renew(token: str) -> None:
+            proxy.token = token
+            monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", token)
+
+        renew("first")
+        mirror = MLflowMirror(proxy.uri)
+        place = moved(mirror, journal)
+        seen = {place.process_id}
+        try:
+            # Each process that did not last doubles the wait for the next.
+            for episode, wait in ((20, 1.0), (30, 2.0)):
+                renew(f"for {episode}")
+                save(journal, episode)
+                for _ in range(3):
+                    with pytest.raises(MirrorFailedError, match="401"):
+                        place.replicate()
+                failed = time.monotonic()
+                place.replicate()
+                assert (place.process_id, journal.waiting_for_mirror()) == (None, set())
+                wait_for(lambda: place.replicate() or mirror_processes(), "the next process")
+                assert time.monotonic() - failed > wait
+                # The new one has the token.
+                process_id = settle(place)
+                assert process_id not in seen
+                seen.add(process_id)
+                save(journal, episode + 1)
+                place.replicate()
+                assert (place.process_id, journal.waiting_for_mirror()) == (process_id, set())
+        finally:
+            place.close()
+
+
+def mirror_processes() -> list[psutil.Process]:
+    """Return the processes of mirrors that this one has started."""
+    return [child for child in psutil.Process().children() if any("mirrors.process" in word for word in child.cmdline())]
+
+
+def test_an_outage_starts_no_process_until_it_is_over(
+    journal: RunJournal, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror_process, "DEFAULT_AFTER_SECONDS", 0.0)
+    mirror = MLflowMirror(mlflow_server.uri)
+    place = moved(mirror, journal)
+    try:
+        mlflow_server.stop()
+        save(journal, 20)
+        for _ in range(8):
+            with pytest.raises(Exception, match="Connection refused"):
+                place.replicate()
+        assert not mirror_processes()
+        mlflow_server.start()
+        settle(place)
+        assert files(MlflowClient(mlflow_server.uri), mirror) == artifacts(10, 20)
+    finally:
+        place.close()
 
 
 @pytest.fixture
