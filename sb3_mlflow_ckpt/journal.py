@@ -214,9 +214,14 @@ class RunJournal:
         event = {"event": "mirrored", "episode": episode, "uri": uri, "sha256": sha256}
         self._add_event({**event, "time": timestamp_now()})
 
-    def add_unmirrored(self, episode: int) -> None:
-        """Note that the mirror's retention removed its copy of a checkpoint."""
-        self._add_event({"event": "unmirrored", "episode": episode, "time": timestamp_now()})
+    def add_unmirrored(self, episode: int, sha256: str | None) -> None:
+        """Note that the mirror's retention removed its copy of a checkpoint.
+
+        Args:
+            episode: Its episode.
+            sha256: What was removed; if the episode was saved again meanwhile, the new content waits all the same.
+        """
+        self._add_event({"event": "unmirrored", "episode": episode, "sha256": sha256, "time": timestamp_now()})
 
     def add_missing(self, episode: int) -> None:
         """Note that the mirror lacks a checkpoint that it had: it waits again, if it is still on disk."""

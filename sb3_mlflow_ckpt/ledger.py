@@ -143,11 +143,14 @@ class CheckpointLedger:
             self.uris.pop(episode, None)
             self.retired.discard(episode)
         elif kind == "mirrored" and event.get("uri"):
-            if event.get("sha256") != self.saved.get(episode, {}).get("sha256"):
+            if event.get("sha256") != self._sha256(episode):
                 return None  # While it was sent, the episode was saved again: what the mirror has is the old one.
             self.uris.pop(episode, None)
             self.uris[episode] = str(event.get("uri"))
         elif kind == "unmirrored":
+            # The same the other way round; lines of earlier versions do not say which content it was.
+            if "sha256" in event and event["sha256"] != self._sha256(episode):
+                return None
             self.uris.pop(episode, None)
             self.retired.add(episode)
         elif kind == "missing":
@@ -180,11 +183,14 @@ class CheckpointLedger:
         for saved in self.saved.values():
             yield {"event": "saved", **saved}
         for episode, uri in self.uris.items():
-            sha256 = self.saved.get(episode, {}).get("sha256")
-            yield {"event": "mirrored", "episode": episode, "uri": uri, "sha256": sha256}
-        for kind, episodes in (("unmirrored", self.retired), ("pruned", self.pruned)):
-            for episode in sorted(episodes):
-                yield {"event": kind, "episode": episode}
+            yield {"event": "mirrored", "episode": episode, "uri": uri, "sha256": self._sha256(episode)}
+        for episode in sorted(self.retired):
+            yield {"event": "unmirrored", "episode": episode, "sha256": self._sha256(episode)}
+        for episode in sorted(self.pruned):
+            yield {"event": "pruned", "episode": episode}
+
+    def _sha256(self, episode: int) -> Any:
+        return self.saved.get(episode, {}).get("sha256")
 
 
 def _facts_on_disk(folder: RunFolder, episode: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Owns the `Mirror` protocol and the threads that bring mirrors up to date with a run's journal.
 
 A mirror that is down or slow costs training nothing: each has a thread of its own, which tries again until the
-run ends, and what is missing then is sent by `sb3-mlflow-ckpt checkpoints sync`.
+run ends, and what is missing then is sent by `sb3-mlflow-ckpt checkpoints sync`. Whether the thread does the work
+itself or has a process do it is its `Place`'s business.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class MirroredJournal(Protocol):
         """Note that a checkpoint lies whole in the mirror."""
         ...
 
-    def add_unmirrored(self, episode: int) -> None:
+    def add_unmirrored(self, episode: int, sha256: str | None) -> None:
         """Note that the mirror's retention removed its copy."""
         ...
 
@@ -236,8 +237,13 @@ class Replicator:
                 logger.debug("%s was not told of the end", self.mirror.name, exc_info=error)
 
         thread = threading.Thread(target=tell, name=f"end-{self.mirror.name}", daemon=True)
-        thread.start()
-        thread.join(_TELL_SECONDS)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            # The interpreter shuts down, or there are too many: no reason to leave the other mirrors open.
+            logger.debug("%s was not told of the end", self.mirror.name, exc_info=error)
+        else:
+            thread.join(_TELL_SECONDS)
 
     def _run(self) -> None:
         pause = _FIRST_RETRY_SECONDS
@@ -245,9 +251,10 @@ class Replicator:
             self._changed.wait()
             if self._abandoned.is_set():
                 return
-            # Cleared before the work: a change that comes during it wakes the next round.
-            closing = self._closing.is_set()
+            # Cleared before the work: a change that comes during it wakes the next round. And before it is looked
+            # whether the run closes: `close` says so first and wakes then, which must not be cleared unseen.
             self._changed.clear()
+            closing = self._closing.is_set()
             try:
                 self._place.replicate()
             except Exception as error:

@@ -1,4 +1,4 @@
-"""Owns a proxy before an HTTP server that holds back the answers which a test names."""
+"""Owns a proxy before an HTTP server that holds back the answers which a test names, or wants to see a token."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ class HoldingProxy:
         uri: The server's address.
         held: What is held back: a pattern of `METHOD path`.
         before: Whether it waits before the server is asked.
+
+    Attributes:
+        token: What a request must bring; None where it is not asked for.
     """
 
-    def __init__(self, uri: str, held: str, *, before: bool = False) -> None:
+    def __init__(self, uri: str, held: str = "$^", *, before: bool = False) -> None:
+        self.token: str | None = None
         self.reached, self.released = threading.Event(), threading.Event()
         self._target = urlsplit(uri).netloc
         self._held = re.compile(held)
@@ -56,6 +60,9 @@ class HoldingProxy:
 
     def _pass_on(self, handler: BaseHTTPRequestHandler) -> None:
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        if self.token is not None and handler.headers.get("Authorization") != f"Bearer {self.token}":
+            handler.send_error(401)
+            return
         held = self._held.search(f"{handler.command} {handler.path}") is not None
         if held and self._before:
             self.reached.set()
@@ -81,7 +88,7 @@ class HoldingProxy:
 
 
 @contextmanager
-def holding(uri: str, held: str, *, before: bool = False) -> Iterator[HoldingProxy]:
+def holding(uri: str, held: str = "$^", *, before: bool = False) -> Iterator[HoldingProxy]:
     """Open a proxy for a block."""
     proxy = HoldingProxy(uri, held, before=before)
     try:

@@ -23,7 +23,13 @@ def start_run(
 ) -> RunJournal:
     """Start a run in a folder; `fields` change its record."""
     journal = RunJournal(RunFolder(checkpoint_dir, agent_id, run_id))
-    record = new_record(
+    journal.start({**new_run(run_id, agent_id, config), **fields})
+    return journal
+
+
+def new_run(run_id: str, agent_id: str, config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the record of a run that starts."""
+    return new_record(
         run_id=run_id,
         agent_id=agent_id,
         name=None,
@@ -36,8 +42,6 @@ def start_run(
         heartbeat_seconds=10.0,
         environment={"host": "here", "pid": 1, "versions": {"python": "3.11"}},
     )
-    journal.start({**record, **fields})
-    return journal
 
 
 def commit(folder: RunFolder, episode: int, content: bytes = b"a zip") -> CheckpointMetadata:
@@ -67,6 +71,11 @@ def save(journal: RunJournal, episode: int, content: bytes = b"a zip") -> None:
 def mirror(journal: RunJournal, episode: int, uri: str) -> None:
     """Note that a checkpoint lies in the mirror as it is on disk."""
     journal.add_mirrored(episode, uri, journal.ledger.saved[episode]["sha256"])
+
+
+def unmirror(journal: RunJournal, episode: int) -> None:
+    """Note that the mirror's retention removed its copy of a checkpoint as it is on disk."""
+    journal.add_unmirrored(episode, journal.ledger.saved[episode]["sha256"])
 
 
 def prune(journal: RunJournal, episode: int) -> None:

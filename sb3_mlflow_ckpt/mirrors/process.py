@@ -66,10 +66,10 @@ class JournalReplica:
         self.ledger.apply({"event": "mirrored", "episode": episode, "uri": uri, "sha256": sha256})
         self._send({"mirrored": [episode, uri, sha256]})
 
-    def add_unmirrored(self, episode: int) -> None:
+    def add_unmirrored(self, episode: int, sha256: str | None) -> None:
         """Note that the mirror's retention removed its copy."""
-        self.ledger.apply({"event": "unmirrored", "episode": episode})
-        self._send({"unmirrored": episode})
+        self.ledger.apply({"event": "unmirrored", "episode": episode, "sha256": sha256})
+        self._send({"unmirrored": [episode, sha256]})
 
     def waiting_for_mirror(self) -> set[int]:
         """Return the episodes that are on disk and were never mirrored."""

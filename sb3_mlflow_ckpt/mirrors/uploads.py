@@ -73,7 +73,8 @@ class Uploads:
             self.withdraw(metadata.name)
             try:
                 for name in saved.get("replay", ()):
-                    if chunk_entry(name) not in self.files and _is_own_chunk(journal, name):
+                    if not self._has(journal.folder.chunk(name), chunk_entry(name)) and _is_own_chunk(journal, name):
+                        self.withdraw(chunk_entry(name))
                         self._put(journal.folder.chunk(name), chunk_entry(name))
                 # Zip first, metadata last, a file at a time: the mirror has the disk's commit protocol.
                 self._put(model, model.name)
@@ -108,7 +109,7 @@ class Uploads:
                 logger.warning("This artifact store cannot delete: mlflow_keep_last_n_checkpoints keeps all")
                 self._retention = Retention(0)
                 return
-            journal.add_unmirrored(episode)
+            journal.add_unmirrored(episode, before.saved[episode].get("sha256"))
         gone = _chunks(before.saved[episode] for episode in removable)
         if not gone:
             return
@@ -126,6 +127,16 @@ class Uploads:
     def get(self, name: str, folder: Path) -> Path:
         """Download a file into a folder."""
         return Path(self._client.download_artifacts(self.run_id, f"{ARTIFACT_FOLDER}/{name}", str(folder)))
+
+    def _has(self, path: Path, name: str) -> bool:
+        """Tell whether MLflow has a file that never changes, and not what an upload that was cut left of it."""
+        if name not in self.files:
+            return False
+        try:
+            # Some stores do not say how much they have.
+            return self.files[name] in (None, path.lstat().st_size)
+        except FileNotFoundError:
+            return True
 
     def _put(self, path: Path, name: str) -> None:
         folder = f"{ARTIFACT_FOLDER}/{name}".rpartition("/")[0]

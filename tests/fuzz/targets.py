@@ -204,7 +204,7 @@ def _journal_files() -> dict[str, bytes]:
     for episode in (1, 2, 3):
         journals.save(journal, episode)
     journals.mirror(journal, 1, f"runs:/{RUN}/checkpoints/ep000001.zip")
-    journal.add_unmirrored(1)
+    journals.unmirror(journal, 1)
     journals.prune(journal, 1)
     for steps in (10, 20, 30):
         journals.add_point(journal, steps, ep_rew_mean=steps / 3, ep_len_mean=None, **{"train/loss": 0.1})

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import resource
 import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+from holding_proxy import holding
 from journals import add_point, prune, save, start_run
 from mlflow import MlflowClient
 from mlflow_server import MlflowServer
 from processes import TESTS, environment, script, wait_for
 
 from sb3_mlflow_ckpt import mirror_process
+from sb3_mlflow_ckpt.errors import RunTakenOverError
 from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.mirror_process import MirrorFailedError, MirrorPlace
@@ -40,8 +48,20 @@ def moved(mirror: MLflowMirror | MongoMirror, journal: RunJournal) -> MirrorPlac
     place = MirrorPlace(mirror, journal, 0)
     save(journal, 10)
     place.replicate()
-    wait_for(lambda: place.process_id is not None, "the process to be ready")
+    settle(place)
     return place
+
+
+def settle(place: MirrorPlace) -> int:
+    """Send what there is to send until a process is ready to do it; return its id."""
+
+    def ready() -> bool:
+        place.replicate()
+        return place.process_id is not None
+
+    wait_for(ready, "a process to be ready")
+    assert place.process_id is not None
+    return place.process_id
 
 
 def files(client: MlflowClient, mirror: MLflowMirror) -> set[str]:
@@ -124,10 +144,10 @@ def test_another_process_follows_one_that_died_and_none_follows_the_third(
     seen = set()
     try:
         for episode in (20, 30, 40):
-            wait_for(lambda: place.process_id is not None, "a process to be ready")
-            assert place.process_id is not None and place.process_id not in seen
-            seen.add(place.process_id)
-            os.kill(place.process_id, signal.SIGKILL)
+            process_id = settle(place)
+            assert process_id not in seen
+            seen.add(process_id)
+            os.kill(process_id, signal.SIGKILL)
             save(journal, episode)
             place.replicate()
             assert not journal.waiting_for_mirror()
@@ -167,6 +187,169 @@ def test_a_request_that_hangs_ends_with_the_run(journal: RunJournal, mlflow_serv
     wait_for(lambda: not process.is_running(), "the process to be ended")
     # It was told the end beside the request that hung.
     assert MlflowClient(mlflow_server.uri).get_run(str(mirror.run_id)).info.status == "FINISHED"
+
+
+def test_a_token_that_the_training_renews_reaches_the_mirror(
+    journal: RunJournal, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror_process, "DEFAULT_AFTER_SECONDS", 0.5)
+    with holding(mlflow_server.uri) as proxy:
+
+        def renew(token: str) -> None:
+            proxy.token = token
+            monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", token)
+
+        renew("first")
+        mirror = MLflowMirror(proxy.uri)
+        place = moved(mirror, journal)
+        seen = {place.process_id}
+        try:
+            # Each process that did not last doubles the wait for the next.
+            for episode, wait in ((20, 1.0), (30, 2.0)):
+                renew(f"for {episode}")
+                save(journal, episode)
+                for _ in range(3):
+                    with pytest.raises(MirrorFailedError, match="401"):
+                        place.replicate()
+                failed = time.monotonic()
+                place.replicate()
+                assert (place.process_id, journal.waiting_for_mirror()) == (None, set())
+                wait_for(lambda: place.replicate() or mirror_processes(), "the next process")
+                assert time.monotonic() - failed > wait
+                # The new one has the token.
+                process_id = settle(place)
+                assert process_id not in seen
+                seen.add(process_id)
+                save(journal, episode + 1)
+                place.replicate()
+                assert (place.process_id, journal.waiting_for_mirror()) == (process_id, set())
+        finally:
+            place.close()
+
+
+def mirror_processes() -> list[psutil.Process]:
+    """Return the processes of mirrors that this one has started."""
+    return [child for child in psutil.Process().children() if any("mirrors.process" in word for word in child.cmdline())]
+
+
+def test_an_outage_starts_no_process_until_it_is_over(
+    journal: RunJournal, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror_process, "DEFAULT_AFTER_SECONDS", 0.0)
+    mirror = MLflowMirror(mlflow_server.uri)
+    place = moved(mirror, journal)
+    try:
+        mlflow_server.stop()
+        save(journal, 20)
+        for _ in range(8):
+            with pytest.raises(Exception, match="Connection refused"):
+                place.replicate()
+        assert not mirror_processes()
+        mlflow_server.start()
+        settle(place)
+        assert files(MlflowClient(mlflow_server.uri), mirror) == artifacts(10, 20)
+    finally:
+        place.close()
+
+
+@pytest.fixture
+def many_files_open() -> Iterator[None]:
+    """As many descriptors as a training with hundreds of environments has."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    yield
+    for descriptor in opened:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_files_open")
+def test_the_process_is_heard_through_a_descriptor_beyond_a_thousand(tmp_path: Path, journal: RunJournal) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    mirror = MLflowMirror(uri)
+    place = moved(mirror, journal)
+    try:
+        save(journal, 20)
+        place.replicate()
+        assert place.process_id is not None
+        assert files(MlflowClient(uri), mirror) == artifacts(10, 20)
+    finally:
+        place.close()
+
+
+def test_what_a_script_puts_on_the_path_keeps_no_process_from_starting(
+    tmp_path: Path, journal: RunJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path, None])
+    place = moved(MLflowMirror(f"sqlite:///{tmp_path}/mlflow.db"), journal)
+    place.close()
+
+
+@pytest.mark.parametrize("python", [None, "", "/nowhere/python", "/nowhere\0"], ids=["None", "none", "gone", "no path"])
+def test_a_process_that_cannot_be_started_leaves_the_mirror_in_its_thread(
+    tmp_path: Path, journal: RunJournal, monkeypatch: pytest.MonkeyPatch, python: str | None
+) -> None:
+    monkeypatch.setattr(mirror_process, "DEFAULT_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(sys, "executable", python)
+    mirror = MLflowMirror(f"sqlite:///{tmp_path}/mlflow.db")
+    mirror.open(journal.record)
+    place = MirrorPlace(mirror, journal, 0)
+    for episode in range(10, 60, 10):
+        save(journal, episode)
+        place.replicate()
+        assert (place.process_id, journal.waiting_for_mirror()) == (None, set())
+
+
+@pytest.mark.parametrize("end", ["input", "output"])
+def test_the_end_does_not_wait_for_a_pipe_that_somebody_holds_open(
+    tmp_path: Path, journal: RunJournal, end: str
+) -> None:
+    mirror = MLflowMirror(f"sqlite:///{tmp_path}/mlflow.db")
+    place = moved(mirror, journal)
+    assert place.process_id is not None
+    # As a process that is in the middle of an access to a dead disk: it is not gone when it is killed.
+    held = [*pipes(place.process_id, end)]
+    assert held
+    psutil.Process(place.process_id).suspend()
+    if end == "input":
+        # More than a pipe holds.
+        journal.update(config={"note": "x" * (1 << 20)})
+    replicator = Replicator(mirror, journal, place)
+    replicator.start()
+    save(journal, 20)
+    time.sleep(0.5)
+    closing = threading.Thread(target=replicator.close, args=(1.0,), daemon=True)
+    closing.start()
+    closing.join(15)
+    assert not closing.is_alive()
+    for descriptor in held:
+        os.close(descriptor)
+
+
+def pipes(process_id: int, end: str) -> Iterator[int]:
+    """Open one of the two pipes to a process once more."""
+    folder = Path(f"/proc/{process_id}/fd")
+    given = str((folder / "0").readlink())
+    for entry in folder.iterdir():
+        target = str(entry.readlink())
+        if target.startswith("pipe:") and (target == given) == (end == "input"):
+            yield os.open(entry, os.O_RDONLY if end == "input" else os.O_WRONLY)
+
+
+def test_a_process_whose_answer_cannot_be_noted_is_asked_nothing_more(tmp_path: Path, journal: RunJournal) -> None:
+    place = moved(MLflowMirror(f"sqlite:///{tmp_path}/mlflow.db"), journal)
+    try:
+        record = json.loads(journal.folder.record.read_bytes())
+        # A later attempt has the folder.
+        journal.folder.record.write_text(json.dumps({**record, "attempt": record["attempt"] + 1}))
+        with pytest.raises(RunTakenOverError):
+            save(journal, 20)
+        with suppress(RunTakenOverError):
+            place.replicate()
+        assert place.process_id is None
+    finally:
+        place.close()
 
 
 class OwnMirror(MLflowMirror):

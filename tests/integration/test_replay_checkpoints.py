@@ -149,6 +149,28 @@ def test_a_mirror_gets_each_chunk_once_and_gives_checkpoints_back_whole(
     assert _restore(download.path).observations.tobytes() == training.model.replay_buffer.observations.tobytes()
 
 
+def test_a_chunk_of_which_the_mirror_has_a_part_is_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    journal: RunJournal = start_run(tmp_path / "checkpoints", "run", agent_id="agent")
+    training, mirror = Training(), MLflowMirror(uri)
+    run_id = mirror.open(journal.record)
+    journal.add_saved(commit_checkpoint(journal.folder, training.capture(1)))
+    mirror.replicate(journal)
+    root = Path(MlflowClient(uri).get_run(str(run_id)).info.artifact_uri.removeprefix("file://")) / "checkpoints"
+    journal.add_saved(commit_checkpoint(journal.folder, training.capture(2)))
+    shared = set(journal.ledger.saved[1]["replay"]) & set(journal.ledger.saved[2]["replay"])
+    part = root / "replay" / shared.pop()
+    content = part.read_bytes()
+    # Not in place: it is one file with the run's own.
+    part.unlink()
+    part.write_bytes(content[:-1])
+    # As after a crash: another process lists what is there.
+    MLflowMirror(uri, run_id=run_id).replicate(journal)
+    assert part.read_bytes() == content
+    journal.close()
+
+
 def test_a_file_that_mlflow_lacks_is_named_and_the_run_alone_means_its_newest_complete_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

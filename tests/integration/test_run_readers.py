@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from journals import add_point, commit, mirror, prune, save, start_run
+from journals import add_point, commit, mirror, prune, save, start_run, unmirror
 from processes import wait_for
 from pymongo import MongoClient
 
@@ -74,7 +74,7 @@ def eventful_run(checkpoint_dir: Path, run_id: str = RUN) -> RunJournal:
         save(journal, episode)
     mirror(journal, 50, "runs:/1/checkpoints/ep000050.zip")
     mirror(journal, 150, "runs:/1/checkpoints/ep000150.zip")
-    journal.add_unmirrored(150)
+    unmirror(journal, 150)
     prune(journal, 50)
     prune(journal, 100)
     save(journal, 200, b"saved again")

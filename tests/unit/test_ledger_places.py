@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
+from journals import mirror, save, start_run, unmirror
 
+from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.ledger import CheckpointLedger
 
 EPISODES = st.integers(0, 5)
@@ -15,6 +19,7 @@ EVENTS = st.one_of(
         EPISODES,
         st.sampled_from("ab"),
     ),
+    st.builds(lambda e, s: {"event": "unmirrored", "episode": e, "sha256": s}, EPISODES, st.sampled_from("ab")),
     st.builds(lambda k, e: {"event": k, "episode": e}, st.sampled_from(["unmirrored", "missing", "pruned"]), EPISODES),
 )
 
@@ -71,3 +76,28 @@ def test_what_changed_since_a_line_is_what_later_lines_told_of(
     copy = ledger.copy_of(changed)
     assert [*copy.saved.items()] == [item for item in ledger.saved.items() if item[0] in changed]
     assert (copy.uris.items() <= ledger.uris.items(), last >= line) == (True, True)
+
+
+def test_a_removal_from_the_mirror_counts_for_the_content_that_was_removed_alone(tmp_path: Path) -> None:
+    journal = start_run(tmp_path, "run")
+    save(journal, 10)
+    mirror(journal, 10, "runs:/1/10")
+    removed = journal.ledger.saved[10]["sha256"]
+    # While the mirror removes the copy of it, the episode is saved again.
+    save(journal, 10, b"new content")
+    journal.add_unmirrored(10, removed)
+    assert journal.waiting_for_mirror() == {10}
+    journal.close()
+    again = RunJournal(journal.folder)
+    assert again.waiting_for_mirror() == {10}
+    mirror(again, 10, "runs:/1/10")
+    unmirror(again, 10)
+    assert (again.waiting_for_mirror(), again.ledger.retired) == (set(), {10})
+    again.close()
+
+
+def test_a_removal_that_does_not_say_of_what_is_read_as_it_was() -> None:
+    ledger = CheckpointLedger()
+    ledger.apply({"event": "saved", "episode": 10, "sha256": "a"})
+    ledger.apply({"event": "unmirrored", "episode": 10, "time": "2026-01-01T00:00:00.000Z"})
+    assert (ledger.waiting, ledger.retired) == (set(), {10})
