@@ -286,6 +286,14 @@ def test_a_trial_that_asha_stops_is_killed_and_one_that_raises_has_failed(tmp_pa
             {"search": {"n_envs": {"choice": [0]}}},
             "n_envs: 0 is not valid: input should be greater than or equal to 1 (from s.yaml, search)",
         ),
+        (
+            {"search": {"gamma": {"choice": [0.9, 0.99]}}},
+            "search.gamma: is not a setting (from s.yaml). Did you mean 'hyperparameters.gamma'?",
+        ),
+        (
+            {"training": {"algo": "dqn"}, "search": {"gae_lambda": {"choice": [0.9, 0.99]}}},
+            "search.gae_lambda: is not a setting (from s.yaml). Known: total_timesteps, ",
+        ),
         ({"seeds": [1, 1]}, "seeds: [1, 1] names a seed twice (from s.yaml). Name each once"),
         ({"name": "../x"}, "name: '../x' holds a character that separates or is reserved in paths"),
         (
