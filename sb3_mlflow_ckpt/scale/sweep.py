@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import secrets
@@ -15,13 +14,13 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from sb3_mlflow_ckpt import atomic, strict_json
-from sb3_mlflow_ckpt.algorithms import algorithm_class, check_hyperparameters
 from sb3_mlflow_ckpt.config import TrainingConfig, inheritable_fields
 from sb3_mlflow_ckpt.errors import ConfigError
 from sb3_mlflow_ckpt.layout import SweepFolder
 from sb3_mlflow_ckpt.redaction import redact
 from sb3_mlflow_ckpt.runs.document import redact_all
 from sb3_mlflow_ckpt.scale.local_ray import ray_session
+from sb3_mlflow_ckpt.scale.sweep_check import check_trials
 from sb3_mlflow_ckpt.scale.sweep_closing import TrialCloser, noting
 from sb3_mlflow_ckpt.scale.sweep_config import SweepConfig
 from sb3_mlflow_ckpt.scale.sweep_run import SweepRun
@@ -75,7 +74,7 @@ def run_sweep(
         ConfigError: It cannot be used, there is nothing to resume, or Ray is not there.
         MirrorUnavailableError: MLflow does not answer at the start.
     """
-    _check_algorithm(sweep)
+    check_trials(sweep)
     here = Path(sweep.folder).expanduser().absolute()
     folder = _newest(here, sweep) if resume != "no" else None
     if folder is None:
@@ -151,20 +150,6 @@ def _run(
         if failed is not None and not interrupted:
             raise failed
         return result
-
-
-def _check_algorithm(sweep: SweepConfig) -> None:
-    """Raise a ConfigError for arguments that an algorithm does not take, or takes as whole numbers only."""
-    searched = {key.partition(".")[2]: d for key, d in sweep.space.items() if key.startswith("hyperparameters.")}
-    algos = sweep.space["algo"].values if "algo" in sweep.space else [sweep.trial_config({}).algo]
-    for algo in algos:
-        model_class = algorithm_class(algo)
-        check_hyperparameters(model_class, {**sweep.trial_config({"algo": algo}).hyperparameters, **searched})
-        types = {name: p.annotation for name, p in inspect.signature(model_class).parameters.items()}
-        for name, distribution in searched.items():
-            if distribution.is_continuous and types.get(name) in (int, "int"):
-                problem = f"{distribution.kind} draws fractions, and {algo} takes whole numbers"
-                raise ConfigError(f"search.hyperparameters.{name}", problem, hint="Write randint: [low, high]")
 
 
 def _new_id(name: str) -> str:

@@ -24,6 +24,7 @@ from sb3_mlflow_ckpt.errors import ConfigError
 from sb3_mlflow_ckpt.layout import RunFolder, metadata_path
 from sb3_mlflow_ckpt.resume import newest_of_run, resolve_checkpoint
 from sb3_mlflow_ckpt.scale.search_space import Distribution
+from sb3_mlflow_ckpt.scale.sweep_check import check_trials
 from sb3_mlflow_ckpt.scale.sweep_config import SweepConfig, build_sweep
 from sb3_mlflow_ckpt.scale.trial_row import _forward
 from sb3_mlflow_ckpt.scale.trial_start import EXPLOIT, TrialStart, handed_checkpoint, trial_start
@@ -350,6 +351,49 @@ def test_a_wrong_sweep_yaml_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "Error: seeds: '3' is not valid: input should be a valid list (from sweep.yaml)\n"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"training": {"env_id": "CartPol-v1"}}, "env_id: 'CartPol-v1' cannot be made: "),
+        ({"training": {"env_id": "CartPol-v1", "vec_env": "subproc"}}, "env_id: 'CartPol-v1' cannot be made: "),
+        ({"training": {"env_kwargs": {"gravitas": 1}}}, "env_kwargs: 'CartPole-v1' refuses {'gravitas': 1}: "),
+        ({"training": {"env_wrappers": ["nowhere:Wrapper"]}}, "env_wrappers: 'nowhere:Wrapper' cannot be imported: "),
+        ({"training": {"policy": "CnnPolice"}}, "policy: 'CnnPolice' is no policy of PPO. Did you mean 'CnnPolicy'?"),
+        (
+            {"training": {"hyperparameters": {"policy_kwargs": {"net_arc": [8]}}}},
+            "hyperparameters: PPO refuses the configuration: ",
+        ),
+        # One value of a search is wrong, and the others are not.
+        (
+            {"search": {"env_id": {"grid": ["CartPole-v1", "CartPol-v1"]}, "learning_rate": {"uniform": [0.1, 0.2]}}},
+            "env_id: 'CartPol-v1' cannot be made: ",
+        ),
+        (
+            {"search": {"algo": {"choice": ["ppo", "sac"]}}, "training": {"hyperparameters": {}}},
+            "hyperparameters: SAC refuses the configuration: ",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, str) else json.dumps(value),
+)
+def test_what_no_trial_could_begin_with_is_told_before_ray_and_mlflow_are_touched(
+    keys: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    training = {"mlflow": True, "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", **keys.pop("training", {})}
+    file = write_sweep(tmp_path, training=training, **keys)
+    done = run_sweep(file)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"Error: {message}") and done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.yaml"]
+
+
+def test_what_is_made_before_a_sweep_takes_no_memory_of_the_driver() -> None:
+    training = {"algo": "dqn", "hyperparameters": {"buffer_size": 10**15}}
+    check_trials(build_sweep({"training": training}, "s.yaml"))
+    goals = {"algo": "sac", "env_id": "toy_environments:ReachGoal-v0"}
+    hindsight = {"replay_buffer_class": "stable_baselines3:HerReplayBuffer", "learning_starts": 100}
+    check_trials(build_sweep({"training": {**goals, "hyperparameters": hindsight}}, "s.yaml"))
 
 
 def test_what_an_algorithm_takes_as_a_whole_number_is_not_drawn_as_a_fraction(tmp_path: Path) -> None:
