@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from sb3_mlflow_ckpt import atomic, strict_json
-from sb3_mlflow_ckpt.config import TrainingConfig, inheritable_fields
+from sb3_mlflow_ckpt.config import TrainingConfig, flatten, inheritable_fields
 from sb3_mlflow_ckpt.errors import ConfigError
 from sb3_mlflow_ckpt.layout import SweepFolder
 from sb3_mlflow_ckpt.redaction import redact
@@ -30,6 +31,11 @@ from sb3_mlflow_ckpt.scale.trial import TrialPlan
 from sb3_mlflow_ckpt.scale.tune_driver import Storage, tuner
 
 logger = logging.getLogger(__name__)
+
+# How trials are run, and not what they come to. Tune does not take another concurrency from where it has a snapshot.
+_MAY_CHANGE = ("max_failures", "resources")
+# Of a key that the version did not have which started the sweep.
+_DEFAULTS = SweepConfig.model_validate({}).model_dump(mode="json")
 
 
 @dataclass(frozen=True)
@@ -175,15 +181,21 @@ def _newest(storage: Path, sweep: SweepConfig) -> SweepFolder | None:
     before, now = (
         _defining(config) for config in (record.get("config") or {}, redact_all(sweep.model_dump(mode="json")))
     )
-    changed = [key for key in now if key in before and before[key] != now[key]]
+    changed = {key: (before.get(key), now.get(key)) for key in {**now, **before} if before.get(key) != now.get(key)}
     if changed:
-        problem = f"{changed[0]} is not what {folder.sweep_id} was started with"
-        raise ConfigError("resume", problem, hint="Put it back, or start a new sweep without --resume")
+        told = ", ".join(f"{key}: {_short(old)} -> {_short(new)}" for key, (old, new) in changed.items())
+        problem = f"{folder.sweep_id} was started with other settings: {told}"
+        raise ConfigError("resume", problem, hint="Put them back, or start a new sweep without --resume")
     return folder
 
 
 def _defining(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a sweep's configuration decides its trials, and not how they are launched."""
+    """Return what of a sweep's configuration decides its trials, by dotted keys, and not how they are run."""
     launched = [key for key in TrainingConfig.model_fields if key not in inheritable_fields()]
     training = {key: value for key, value in (config.get("training") or {}).items() if key not in launched}
-    return {**config, "training": training}
+    known = {**_DEFAULTS, **config, "training": training}
+    return flatten({key: value for key, value in known.items() if key not in _MAY_CHANGE})
+
+
+def _short(value: Any) -> str:
+    return "unset" if value is None else json.dumps(value, ensure_ascii=False)[:80]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shlex
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from processes import ROOT, Leash, environment, trainer
-from sweeps import MOMENTS, kill_and_resume, records, restarted, run_sweep, tear_snapshot, words, write_sweep
+from sweeps import MOMENTS, kill_and_resume, records, restarted, run_sweep, saves, tear_snapshot, words, write_sweep
 
 from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, load_checkpoint, prune_checkpoints, verify_checkpoint
 from sb3_mlflow_ckpt.cli.sweep import sweep_command
@@ -269,6 +270,49 @@ def test_a_trial_that_asha_stops_is_killed_and_one_that_raises_has_failed(tmp_pa
     assert [record["status"] for record in trials.values()] == ["completed", "interrupted", "failed"]
     assert trials["00002"]["error"]["message"] == "the simulator broke"
     assert by_id[None].info.status == "FAILED"
+
+
+def test_a_failed_attempt_is_a_line_and_a_resume_may_try_more_often_but_not_train_something_else(tmp_path: Path) -> None:
+    keys: dict[str, Any] = {
+        "training": {"env_id": "toy_environments:FixedLength-v0", "env_kwargs": {"fails_at": 300}, "learning_rate": 0.001},
+        "concurrency": 1,
+        "report_interval_timesteps": 500,
+        "max_failures": 1,
+    }
+    done = run_sweep(write_sweep(tmp_path, **keys))
+    assert done.returncode == 1 and "the simulator broke" not in done.stderr
+    (trace,) = tmp_path.glob("sweeps/*/run_trial_*/error.txt")
+    (run_id,) = (record["run_id"] for record in records(tmp_path).values())
+    cause = f"RuntimeError: the simulator broke; attempt {{}}, its whole trace is in {trace}"
+    told = [line for line in done.stdout.splitlines() if "the simulator broke" in line]
+    assert told == [
+        f"{run_id} failed, and is tried again: {cause.format('1 of 2')}",
+        f"{run_id} ended with an error: {cause.format('2 of 2')}",
+    ]
+    assert trace.read_text().count('raise RuntimeError("the simulator broke")') == 2
+
+    other = {**keys, "training": {**keys["training"], "learning_rate": 0.0003}, "concurrency": 2}
+    refused = run_sweep(write_sweep(tmp_path, **other), "--resume")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == (
+        f"Error: resume: {run_id.rpartition('-')[0]} was started with other settings: "
+        "training.learning_rate: 0.001 -> 0.0003, concurrency: 1 -> 2. "
+        "Put them back, or start a new sweep without --resume\n"
+    )
+
+    more = run_sweep(write_sweep(tmp_path, **{**keys, "max_failures": 3, "resources": {"cpu": 0.25}}), "--resume")
+    assert more.returncode == 1, more.stdout + more.stderr
+    told = [line for line in more.stdout.splitlines() if "the simulator broke" in line]
+    assert told == [
+        f"{run_id} failed, and is tried again: {cause.format('3 of 4')}",
+        f"{run_id} ended with an error: {cause.format('4 of 4')}",
+    ]
+    (steps,) = saves(tmp_path).values()
+    assert steps == sorted(steps)
+    snapshot = json.loads(max(tmp_path.glob("sweeps/*/experiment_state-*.json")).read_text())
+    (trial,) = (json.loads(state) for state, _ in snapshot["trial_data"])
+    assert trial["max_failures"] == 3
+    assert pickle.loads(bytes.fromhex(trial["placement_group_factory"])).required_resources == {"CPU": 0.25}
 
 
 @pytest.mark.parametrize(
