@@ -200,12 +200,17 @@ def default_policy(model_class: type[BaseAlgorithm], env: VecEnv | Spaces) -> st
     return fitting[0]
 
 
+def hyperparameter_names(model_class: type[BaseAlgorithm]) -> list[str]:
+    """Return the arguments that an algorithm's constructor names, and that may be given to it."""
+    return [name for name in _parameters(model_class) if name not in ("env", "policy", "_init_setup_model")]
+
+
 def check_hyperparameters(model_class: type[BaseAlgorithm], hyperparameters: Mapping[str, Any]) -> None:
     """Raise a ConfigError for a name that the algorithm's constructor does not take."""
     parameters = inspect.signature(model_class).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
-    known = [name for name in parameters if name not in ("env", "policy", "_init_setup_model")]
+    known = hyperparameter_names(model_class)
     for name in hyperparameters:
         if name not in known:
             raise ConfigError(

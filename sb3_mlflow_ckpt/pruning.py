@@ -39,12 +39,14 @@ class Pruning:
         removed: The zips that went, oldest first.
         kept: Why each of the others stays.
         problem: Why nothing was looked at, or why something could not be removed.
+        failed: Whether the problem is more than that the run is training now.
     """
 
     folder: RunFolder
     removed: list[Path] = field(default_factory=list)
     kept: dict[Path, tuple[str, ...]] = field(default_factory=dict)
     problem: str | None = None
+    failed: bool = False
 
 
 def saved_checkpoints(ledger: CheckpointLedger, episodes: Collection[int]) -> list[SavedCheckpoint]:
@@ -101,12 +103,12 @@ def _prune_locked(folder: RunFolder, retention: Retention, *, dry_run: bool) -> 
     except Timeout:
         return Pruning(folder, problem="it is training now; its own process prunes it")
     except CheckpointError as error:
-        return Pruning(folder, problem=str(error))
+        return Pruning(folder, problem=str(error), failed=True)
     except OSError as error:
         if dry_run:
             # What would go can be told of a folder that cannot be written to.
             return _prune(folder, retention, dry_run=True)
-        return Pruning(folder, problem=f"it cannot be pruned: {error}")
+        return Pruning(folder, problem=f"it cannot be pruned: {error}", failed=True)
 
 
 def _prune(folder: RunFolder, retention: Retention, *, dry_run: bool) -> Pruning:
@@ -119,33 +121,40 @@ def _prune(folder: RunFolder, retention: Retention, *, dry_run: bool) -> Pruning
         NOT_MIRRORED: _not_mirrored(folder, ledger),
     }
     reasons = retention.reasons(saved_checkpoints(ledger, episodes), protected)
-    pruning = Pruning(folder)
+    removed: list[Path] = []
+    kept: dict[Path, tuple[str, ...]] = {}
+    problem = None
     for episode in episodes:
         # One whose metadata cannot be read is not in the ledger: it is for a repair, not for a prune.
         reasons.setdefault(episode, ("damaged",))
     for episode, why in reasons.items():
-        held = why or (None if dry_run else _evicted(folder, episode))
+        try:
+            held = why or (() if dry_run else _evicted(folder, episode))
+        except OSError as error:
+            held = (f"it cannot be removed: {error}",)
+            problem = f"{folder.model(episode).name}: {held[0]}"
         if held:
-            pruning.kept[folder.model(episode)] = held
+            kept[folder.model(episode)] = held
         else:
-            pruning.removed.append(folder.model(episode))
+            removed.append(folder.model(episode))
+            if not dry_run:
+                _note_removal(folder, episode)
     if not dry_run:
         sweep(folder)
         ChunkSweeper(folder).sweep()
         sweep_pins(folder)
         sweep_leases(folder)
-    return pruning
+    return Pruning(folder, removed, kept, problem, failed=problem is not None)
 
 
-def _evicted(folder: RunFolder, episode: int) -> tuple[str, ...] | None:
-    """Remove a checkpoint and note it; return why that could not be."""
-    try:
-        held = evict(folder, episode)
-    except OSError as error:
-        return (f"it cannot be removed: {error}",)
-    if held is None and folder.events.exists():
+def _evicted(folder: RunFolder, episode: int) -> tuple[str, ...]:
+    held = evict(folder, episode)
+    return (held,) if held is not None else ()
+
+
+def _note_removal(folder: RunFolder, episode: int) -> None:
+    if folder.events.exists():
         json_lines.append_line(folder.events, {"event": "pruned", "episode": episode, "time": timestamp_now()})
-    return (held,) if held else None
 
 
 def newest_verified(folder: RunFolder, episodes: Sequence[int]) -> set[int]:

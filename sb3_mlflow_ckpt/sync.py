@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,8 +64,8 @@ class Healing(Mirror, Protocol):
         """Where it is, without credentials."""
         ...
 
-    def heal(self, journal: RunJournal, *, verify: bool) -> list[str]:
-        """Make the mirror what the folder says; return what was changed, a line each."""
+    def heal(self, journal: RunJournal, *, verify: bool) -> Iterable[str]:
+        """Make the mirror what the folder says; give what was changed, a line each."""
         ...
 
 
@@ -139,14 +139,16 @@ def _started_at(folder: RunFolder) -> tuple[str, str, str]:
 
 def send(folder: RunFolder, journal: RunJournal, mirror: Healing, *, verify: bool = False) -> SyncResult:
     """Send what one mirror lacks of a run, or has otherwise, and close it."""
+    changes: list[str] = []
     try:
-        changes = mirror.heal(journal, verify=verify)
+        for change in mirror.heal(journal, verify=verify):
+            changes.append(change)
     except MirrorUnavailableError as error:
-        return SyncResult(folder.path, mirror.name, str(error), outage=not error.refused)
+        return SyncResult(folder.path, mirror.name, str(error), tuple(changes), outage=not error.refused)
     except Exception as error:
         # Each client raises errors of its own; one run's failure must not keep the others from being sent.
         reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0]
-        return SyncResult(folder.path, mirror.name, reason[:300])
+        return SyncResult(folder.path, mirror.name, reason[:300], tuple(changes))
     finally:
         mirror.close()
     return SyncResult(folder.path, mirror.name, None, tuple(changes))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,7 @@ def lockstep(env: Any, folder: str, lead: int = 256) -> Any:
     take_step, close, taken = env.step, env.close, 0
     own, together = Path(folder) / str(os.getpid()), Path(folder) / "together"
     Path(folder).mkdir(exist_ok=True)
-    try:
-        Path(folder, "first").open("x").close()
-        scale = 10.0
-    except FileExistsError:
-        scale = 1.0
+    scale = 1.0
 
     def behind() -> bool:
         others = [path for path in Path(folder).iterdir() if path.name.isdigit() and path != own]
@@ -119,7 +116,11 @@ def lockstep(env: Any, folder: str, lead: int = 256) -> Any:
         return not together.exists() or any(_lives(int(path.name)) and _count(path) < taken - lead for path in others)
 
     def step(action: Any) -> Any:
-        nonlocal taken
+        nonlocal taken, scale
+        if taken == 0:
+            with suppress(FileExistsError):
+                Path(folder, "first").open("x").close()
+                scale = 10.0
         if taken % (lead // 4) == 0:
             fresh = own.with_suffix(".new")
             fresh.write_text(str(taken))

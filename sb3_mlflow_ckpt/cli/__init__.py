@@ -17,6 +17,7 @@ __all__ = ["main", "train_command"]
 
 
 @click.group(cls=Group)
+@click.version_option(package_name="sb3-mlflow-ckpt", prog_name="sb3-mlflow-ckpt", message="%(prog)s %(version)s")
 def main() -> None:
     """Checkpoints, resume and run history for Stable-Baselines3, mirrored to MLflow and MongoDB."""
 

@@ -107,7 +107,9 @@ def verify_command(
 )
 @click.option("--dry-run", is_flag=True, help="Print what would go and why the rest stays, and remove nothing")
 @with_options(checkpoint_dir_option, agent_id_option, run_id_option, json_option)
+@click.pass_context
 def prune_command(
+    ctx: click.Context,
     keep_last_n: int,
     keep_best_n: int,
     keep_every_n_episodes: int,
@@ -120,7 +122,7 @@ def prune_command(
     """Remove all but the newest checkpoints of each run, its best and its milestones, and print what went.
 
     Never the newest one that verifies, a pinned one, one that somebody resumes from, nor one that MLflow has not
-    yet. A run that is training now is left to its own process.
+    yet. A run that is training now is left to its own process. Exits with 1 if a folder could not be pruned.
     """
     from sb3_mlflow_ckpt.checkpoints import run_folders
     from sb3_mlflow_ckpt.policies import Retention
@@ -136,11 +138,12 @@ def prune_command(
     if as_json:
         stays = [{"path": str(path), "why": list(why)} for path, why in kept.items()]
         print_json({"removed": [str(path) for path in removed], "kept": stays, "dry_run": dry_run})
-        return
-    for path in removed:
+    for path in removed if not as_json else ():
         click.echo(path)
-    for path, why in kept.items() if dry_run else ():
+    for path, why in kept.items() if dry_run and not as_json else ():
         click.echo(printable(f"# {path} stays: {', '.join(why)}"))
+    if any(pruning.failed for pruning in pruned):
+        ctx.exit(FAILURE_EXIT_CODE)
 
 
 @checkpoints_group.command("pin")

@@ -119,7 +119,8 @@ class Command(click.Command):
     def __init__(
         self, *args: Any, make_params: Callable[[], Sequence[click.Parameter]] | None = None, **settings: Any
     ) -> None:
-        settings["context_settings"] = {"token_normalize_func": _dashes, **(settings.get("context_settings") or {})}
+        own = settings.get("context_settings") or {}
+        settings["context_settings"] = {"token_normalize_func": _dashes, "help_option_names": ["-h", "--help"], **own}
         super().__init__(*args, **settings)
         self._make_params = make_params
 

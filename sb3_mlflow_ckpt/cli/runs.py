@@ -106,7 +106,9 @@ def runs_list_command(
         return
     from sb3_mlflow_ckpt.cli.tables import print_runs
 
-    print_runs(runs, glances, total=total, ids=[run["run_id"] for run in summaries])
+    ids = [run["run_id"] for run in summaries]
+    otherwise = f"No such runs, of {len(ids):,}" if ids else _no_runs(checkpoint_dir, mongo_uri, mongo_db)
+    print_runs(runs, glances, total=total, ids=ids, otherwise=otherwise)
 
 
 @runs_group.command("show")
@@ -250,6 +252,16 @@ def _reader(checkpoint_dir: str, mongo_uri: str | None, mongo_db: str) -> RunRea
     from sb3_mlflow_ckpt.runs.folder import FolderRuns
 
     return FolderRuns(checkpoint_dir)
+
+
+def _no_runs(checkpoint_dir: str, mongo_uri: str | None, mongo_db: str) -> str:
+    """Return the line that says where no runs are, and how to look elsewhere."""
+    if mongo_uri:
+        return f"No runs in the database {mongo_db}; name another with --mongo-db"
+    folder = Path(checkpoint_dir).absolute()
+    if folder.is_dir():
+        return f"No runs in {folder}; name another folder with --checkpoint-dir"
+    return f"No runs in {folder}, there is no such folder; name another with --checkpoint-dir"
 
 
 def _select(summaries: Sequence[Document], query: RunQuery, limit: int | None) -> tuple[list[Any], int]:

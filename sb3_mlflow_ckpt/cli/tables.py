@@ -24,7 +24,12 @@ _NUMBERS = frozenset({"reward", "done", "last", "best", "saved", "age", "episode
 
 
 def print_runs(
-    runs: Sequence[Mapping[str, Any]], glances: Mapping[str, Glance], *, total: int, ids: Iterable[str] = ()
+    runs: Sequence[Mapping[str, Any]],
+    glances: Mapping[str, Glance],
+    *,
+    total: int,
+    ids: Iterable[str] = (),
+    otherwise: str = "No runs",
 ) -> None:
     """Print one line a run.
 
@@ -33,10 +38,11 @@ def print_runs(
         glances: What is to be shown beside them, by the run's id.
         total: How many runs there are in all.
         ids: The ids of all runs of the store, from which a shortened one must differ.
+        otherwise: What is printed where there are none.
     """
     console = open_console()
     if not runs:
-        console.print("No runs")
+        console.print(text(otherwise), soft_wrap=True)
         return
     short = cells.short_ids(ids)
     row = _full_row if not console.is_terminal else _wide_row if console.width >= _WIDE else _narrow_row

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sb3_mlflow_ckpt.journal import RunJournal
@@ -165,9 +165,10 @@ class MLflowMirror:
         """Send everything that MLflow lacks: the run, checkpoints, parameters, tags, metrics, then the status."""
         with self._lock:
             self._patience.take()
-            self._replicate(journal)
+            for _ in self._replicate(journal):
+                pass
 
-    def heal(self, journal: RunJournal, *, verify: bool = False) -> list[str]:
+    def heal(self, journal: RunJournal, *, verify: bool = False) -> Iterator[str]:
         """Compare MLflow with the folder, and send what it lacks or has otherwise, whatever the ledger says.
 
         A run that was deleted is restored; one that is gone for good is made anew. Copies that retention removed are
@@ -177,26 +178,25 @@ class MLflowMirror:
             journal: The run.
             verify: Whether to download and hash zips and chunks.
 
-        Returns:
-            What was changed, a line each.
+        Yields:
+            What was changed, a line each, when it is done: what comes after it may fail.
         """
         with self._lock, answering(self._target.uri):
             self._patience.take()
             self._forget()
-            lines = self._target.heal(journal.record)
+            yield from self._target.heal(journal.record)
             client, run, uploads, copy = self._connect(journal)
             if copy.superseded(journal.record):
-                return lines
-            lines += Inspection(uploads, journal, verify=verify, moved=self._target.moved).run()
+                return
+            yield from Inspection(uploads, journal, verify=verify, moved=self._target.moved).run()
             if missing := missing_metrics(client, run.info.run_id, journal):
                 copy.log_metrics([[metric] for metric in missing])
-                lines.append(f"{len(missing)} values of the learning curve were missing: they are sent")
-            lines += self._replicate(journal, healing=True)
+                yield f"{len(missing)} values of the learning curve were missing: they are sent"
+            yield from self._replicate(journal, healing=True)
             latest = latest_artifact(journal)
             if latest is not None and client.get_run(run.info.run_id).data.tags.get(LATEST_TAG) != latest:
                 client.set_tag(run.info.run_id, LATEST_TAG, latest)
-                lines.append(f"the tag {LATEST_TAG} is set")
-            return lines
+                yield f"the tag {LATEST_TAG} is set"
 
     def _connect(self, journal: MirroredJournal) -> tuple[MlflowClient, Run, Uploads, RecordCopy]:
         record = journal.record
@@ -211,24 +211,22 @@ class MLflowMirror:
             self._copy = RecordCopy(client, run, owned=self._target.owned, trains=self._trains)
         return client, run, self._uploads, self._copy
 
-    def _replicate(self, journal: MirroredJournal, *, healing: bool = False) -> list[str]:
-        """Send what MLflow is not known to have; return what that was, a line each."""
+    def _replicate(self, journal: MirroredJournal, *, healing: bool = False) -> Iterator[str]:
+        """Send what MLflow is not known to have; yield what that was, a line each."""
         _, _, uploads, copy = self._connect(journal)
         record = journal.record
         if copy.superseded(record):
-            return []
-        tags = copy.send_tags(record, healing)
-        files = uploads.send(journal)
-        params = copy.send_params(record)
+            return
+        for name in copy.send_tags(record, healing):
+            yield f"the tag {name} is set"
+        for name in uploads.send(journal):
+            yield f"{ARTIFACT_FOLDER}/{name} is sent"
+        for name in copy.send_params(record):
+            yield f"the parameter {name} is sent"
         copy.send_metrics(journal)
         uploads.prune(journal)
-        status = copy.send_status(record)
-        return [
-            *(f"{ARTIFACT_FOLDER}/{name} is sent" for name in files),
-            *(f"the parameter {name} is sent" for name in params),
-            *(f"the tag {name} is set" for name in tags),
-            *([f"the status is set to {status}"] if status else []),
-        ]
+        if status := copy.send_status(record):
+            yield f"the status is set to {status}"
 
     def tell_end(self, record: Mapping[str, Any]) -> None:
         """End the MLflow run, beside a request that hangs."""

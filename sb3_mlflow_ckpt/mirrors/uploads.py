@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -57,9 +57,8 @@ class Uploads:
                     found[file.path.removeprefix(f"{ARTIFACT_FOLDER}/")] = file.file_size
         return found
 
-    def send(self, journal: MirroredJournal) -> list[str]:
-        """Send the checkpoints that wait; return their names."""
-        sent = []
+    def send(self, journal: MirroredJournal) -> Iterator[str]:
+        """Send the checkpoints that wait; yield the name of each."""
         for episode in sorted(journal.waiting_for_mirror()):
             model, metadata = journal.folder.model(episode), journal.folder.metadata(episode)
             if not (model.exists() and metadata.exists()):
@@ -85,12 +84,11 @@ class Uploads:
                 self.withdraw(model.name)
                 continue  # Pruned while it was sent.
             journal.add_mirrored(episode, f"runs:/{self.run_id}/{ARTIFACT_FOLDER}/{model.name}", sha256)
-            sent.append(model.name)
             self._untagged = True
+            yield model.name
         if self._untagged and (latest := latest_artifact(journal)) is not None:
             self._client.set_tag(self.run_id, LATEST_TAG, latest)
             self._untagged = False
-        return sent
 
     def prune(self, journal: MirroredJournal) -> None:
         """Remove the copies that are too old, and the chunks that no copy needs any more."""

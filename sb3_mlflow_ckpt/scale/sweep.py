@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import json
 import logging
 import os
 import secrets
@@ -15,13 +15,13 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from sb3_mlflow_ckpt import atomic, strict_json
-from sb3_mlflow_ckpt.algorithms import algorithm_class, check_hyperparameters
-from sb3_mlflow_ckpt.config import TrainingConfig, inheritable_fields
+from sb3_mlflow_ckpt.config import TrainingConfig, flatten, inheritable_fields
 from sb3_mlflow_ckpt.errors import ConfigError
 from sb3_mlflow_ckpt.layout import SweepFolder
 from sb3_mlflow_ckpt.redaction import redact
 from sb3_mlflow_ckpt.runs.document import redact_all
 from sb3_mlflow_ckpt.scale.local_ray import ray_session
+from sb3_mlflow_ckpt.scale.sweep_check import check_trials
 from sb3_mlflow_ckpt.scale.sweep_closing import TrialCloser, noting
 from sb3_mlflow_ckpt.scale.sweep_config import SweepConfig
 from sb3_mlflow_ckpt.scale.sweep_run import SweepRun
@@ -31,6 +31,11 @@ from sb3_mlflow_ckpt.scale.trial import TrialPlan
 from sb3_mlflow_ckpt.scale.tune_driver import Storage, tuner
 
 logger = logging.getLogger(__name__)
+
+# How trials are run, and not what they come to. Tune does not take another concurrency from where it has a snapshot.
+_MAY_CHANGE = ("max_failures", "resources")
+# Of a key that the version did not have which started the sweep.
+_DEFAULTS = SweepConfig.model_validate({}).model_dump(mode="json")
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def run_sweep(
         ConfigError: It cannot be used, there is nothing to resume, or Ray is not there.
         MirrorUnavailableError: MLflow does not answer at the start.
     """
-    _check_algorithm(sweep)
+    check_trials(sweep)
     here = Path(sweep.folder).expanduser().absolute()
     folder = _newest(here, sweep) if resume != "no" else None
     if folder is None:
@@ -153,20 +158,6 @@ def _run(
         return result
 
 
-def _check_algorithm(sweep: SweepConfig) -> None:
-    """Raise a ConfigError for arguments that an algorithm does not take, or takes as whole numbers only."""
-    searched = {key.partition(".")[2]: d for key, d in sweep.space.items() if key.startswith("hyperparameters.")}
-    algos = sweep.space["algo"].values if "algo" in sweep.space else [sweep.trial_config({}).algo]
-    for algo in algos:
-        model_class = algorithm_class(algo)
-        check_hyperparameters(model_class, {**sweep.trial_config({"algo": algo}).hyperparameters, **searched})
-        types = {name: p.annotation for name, p in inspect.signature(model_class).parameters.items()}
-        for name, distribution in searched.items():
-            if distribution.is_continuous and types.get(name) in (int, "int"):
-                problem = f"{distribution.kind} draws fractions, and {algo} takes whole numbers"
-                raise ConfigError(f"search.hyperparameters.{name}", problem, hint="Write randint: [low, high]")
-
-
 def _new_id(name: str) -> str:
     return f"{name}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
@@ -190,15 +181,21 @@ def _newest(storage: Path, sweep: SweepConfig) -> SweepFolder | None:
     before, now = (
         _defining(config) for config in (record.get("config") or {}, redact_all(sweep.model_dump(mode="json")))
     )
-    changed = [key for key in now if key in before and before[key] != now[key]]
+    changed = {key: (before.get(key), now.get(key)) for key in {**now, **before} if before.get(key) != now.get(key)}
     if changed:
-        problem = f"{changed[0]} is not what {folder.sweep_id} was started with"
-        raise ConfigError("resume", problem, hint="Put it back, or start a new sweep without --resume")
+        told = ", ".join(f"{key}: {_short(old)} -> {_short(new)}" for key, (old, new) in changed.items())
+        problem = f"{folder.sweep_id} was started with other settings: {told}"
+        raise ConfigError("resume", problem, hint="Put them back, or start a new sweep without --resume")
     return folder
 
 
 def _defining(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a sweep's configuration decides its trials, and not how they are launched."""
+    """Return what of a sweep's configuration decides its trials, by dotted keys, and not how they are run."""
     launched = [key for key in TrainingConfig.model_fields if key not in inheritable_fields()]
     training = {key: value for key, value in (config.get("training") or {}).items() if key not in launched}
-    return {**config, "training": training}
+    known = {**_DEFAULTS, **config, "training": training}
+    return flatten({key: value for key, value in known.items() if key not in _MAY_CHANGE})
+
+
+def _short(value: Any) -> str:
+    return "unset" if value is None else json.dumps(value, ensure_ascii=False)[:80]

@@ -50,6 +50,7 @@ class TrialCloser:
         # One at a time, and not in Tune's loop: a trial's process may take a while to let go.
         self._work = ThreadPoolExecutor(1, thread_name_prefix="closing")
         self.failed: set[str] = set()
+        self._stepped = False
 
     @property
     def trials(self) -> dict[str, Mapping[str, Any]]:
@@ -63,6 +64,16 @@ class TrialCloser:
             for run_id, trial_id in sorted(ended.items())
         }
 
+    def steps(self, trials: Sequence[Any]) -> None:
+        """Tell Tune's trials how they are run: a snapshot has them as they were told before it."""
+        sweep = self._plan.sweep
+        for trial in trials:
+            trial.max_failures = sweep.max_failures
+            if not self._stepped and trial.status == "PENDING":
+                # None has a process yet.
+                trial.update_resources({"cpu": sweep.resources.cpu, "gpu": sweep.resources.gpu})
+        self._stepped = True
+
     def started(self, trial_id: str, config: Mapping[str, Any]) -> None:
         """Note a trial that starts, or goes on."""
         self._errors[trial_id] = None
@@ -72,13 +83,17 @@ class TrialCloser:
         values = "  ".join(f"{key} {short(config[key])}" for key in (*own, *self._plan.sweep.search) if key in config)
         self._tell(f"{self._plan.folder.run_id(trial_id)} trains: {values}")
 
-    def ended(self, trial_id: str, error: str | None) -> None:
+    def failed_once(self, trial_id: str, error: str, attempt: str) -> None:
+        """Tell of an attempt that failed, and is followed by another."""
+        self._tell(f"{self._plan.folder.run_id(trial_id)} failed, and is tried again: {error}; {attempt}")
+
+    def ended(self, trial_id: str, error: str | None = None, attempt: str = "") -> None:
         """Note a trial that has ended, with an error that is not retried or without one."""
         self._errors[trial_id] = error
         run_id = self._plan.folder.run_id(trial_id)
         if error is not None:
             self.failed.add(run_id)
-        self._tell(f"{run_id} ended" + (f" with an error: {error}" if error is not None else ""))
+        self._tell(f"{run_id} ended" + (f" with an error: {error}; {attempt}" if error is not None else ""))
         self._work.submit(self._close, trial_id, "failed" if error is not None else "interrupted")
 
     def saved(self, checkpoint: Checkpoint, trials: Sequence[Any]) -> None:
@@ -157,14 +172,20 @@ def make_callback() -> Callback:
     from ray.tune import Callback
 
     class _Noting(Callback):
+        def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            current().steps(trials)
+
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             current().started(trial.trial_id, trial.config)
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            current().ended(trial.trial_id, None)
+            current().ended(trial.trial_id)
+
+        def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            current().failed_once(trial.trial_id, _reason(trial), _attempt(trial))
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            current().ended(trial.trial_id, _reason(trial))
+            current().ended(trial.trial_id, _reason(trial), _attempt(trial))
 
         def on_checkpoint(self, iteration: int, trials: list[Any], trial: Any, checkpoint: Any, **info: Any) -> None:
             current().saved(checkpoint, trials)
@@ -192,3 +213,11 @@ def _reason(trial: Any) -> str:
     except (OSError, TypeError):
         lines = []
     return redact(lines[-1])[:300] if lines else "Ray Tune gave no reason"
+
+
+def _attempt(trial: Any) -> str:
+    """Return which attempt of a trial failed, and where Tune keeps its whole trace."""
+    failures, most = trial.run_metadata.num_failures, trial.max_failures + 1
+    # A sweep that was resumed may try more often; a node that was taken away does not count.
+    count = f"attempt {max(failures, 1)}" + (f" of {most}" if most >= failures else "")
+    return f"{count}, its whole trace is in {trial.path}/{trial.run_metadata.error_filename}"

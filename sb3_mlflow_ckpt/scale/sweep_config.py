@@ -1,4 +1,4 @@
-"""Owns `sweep.yaml`: its fields, their defaults, and the configuration of each trial. Imports neither Ray nor torch."""
+"""Owns `sweep.yaml`: its fields, and the configuration of each trial. Importing it imports neither Ray nor torch."""
 
 from __future__ import annotations
 
@@ -217,7 +217,8 @@ def _check_search(sweep: SweepConfig, source: str) -> None:
             raise ConfigError(f"search.{key}", "is not searched over", source, "It is the same for all: 'training:'")
         if name not in allowed or (inner and name not in _MAPPINGS):
             known = [*allowed, *(f"{mapping}.name" for mapping in _MAPPINGS)]
-            hint = nearest(key[:80], known) or "An argument of the algorithm is hyperparameters.<name>"
+            hint = _as_hyperparameter(key, sweep) or nearest(key[:80], known)
+            hint = hint or "An argument of the algorithm is hyperparameters.<name>"
             raise ConfigError(f"search.{key}", "is not a setting", source, hint)
         try:
             distribution = Distribution.parse(value)
@@ -226,6 +227,18 @@ def _check_search(sweep: SweepConfig, source: str) -> None:
         for sample in distribution.samples:
             sweep.trial_config({key: sample}, f"{source}, search")
     _check_scheduler(sweep, source)
+
+
+def _as_hyperparameter(key: str, sweep: SweepConfig) -> str:
+    """Return how an argument of the algorithm's constructor is written; empty for what is none."""
+    # Only here: it imports torch.
+    from sb3_mlflow_ckpt.algorithms import algorithm_class, hyperparameter_names
+
+    try:
+        names = hyperparameter_names(algorithm_class(sweep.trial_config({}).algo))
+    except ConfigError:
+        return ""
+    return f"Did you mean 'hyperparameters.{key}'?" if key in names else ""
 
 
 def _check_scheduler(sweep: SweepConfig, source: str) -> None:

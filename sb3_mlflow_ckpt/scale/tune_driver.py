@@ -78,6 +78,8 @@ def tuner(plan: TrialPlan, storage: Storage, callbacks: list[Callback], seed: in
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", _SNAPSHOT_SECONDS)
     # It would ask for fewer reports, since it writes its snapshot for each that takes another's place.
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    # A failure is told in one line, which says where the whole trace is.
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
     # A signal is passed on to it once the trials have saved.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     sweep, folder = plan.sweep, plan.folder

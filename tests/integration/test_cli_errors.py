@@ -5,10 +5,13 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 import torch as th
 import yaml
@@ -408,8 +411,15 @@ def test_runs_are_listed_as_json(recorded: str) -> None:
     assert json.loads(run("runs", "list", "--json", "--status", "running").stdout) == []
 
 
-def test_no_runs_are_said_to_be_none() -> None:
-    assert run("runs", "list").stdout == "No runs\n"
+def test_no_runs_are_said_to_be_none_and_where(recorded: str, tmp_path: Path) -> None:
+    missing = run("runs", "list", "--checkpoint-dir", "elsewhere")
+    assert missing.stdout == f"No runs in {tmp_path}/elsewhere, there is no such folder; name another with --checkpoint-dir\n"
+    (tmp_path / "empty").mkdir()
+    empty = run("runs", "list", "--checkpoint-dir", "empty")
+    assert empty.stdout == f"No runs in {tmp_path}/empty; name another folder with --checkpoint-dir\n"
+    # What is asked for is not there, and the folder is the right one.
+    assert run("runs", "list", "--status", "completed").stdout == "No such runs, of 1\n"
+    assert (missing.exit_code, empty.exit_code) == (0, 0)
 
 
 def test_a_run_is_shown_with_its_error(recorded: str) -> None:
@@ -440,6 +450,24 @@ def test_a_status_that_there_is_not_is_one_line() -> None:
 def test_a_group_without_a_command_prints_its_help() -> None:
     done = run("checkpoints")
     assert "Commands:" in done.output
+
+
+def test_the_program_says_its_version(tmp_path: Path) -> None:
+    done = program("sb3_mlflow_ckpt", "--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"sb3-mlflow-ckpt {version('sb3-mlflow-ckpt')}\n")
+
+
+def _commands(command: click.Command, *words: str) -> Iterator[tuple[str, ...]]:
+    yield words
+    for name, inner in command.commands.items() if isinstance(command, click.Group) else ():
+        yield from _commands(inner, *words, name)
+
+
+@pytest.mark.parametrize("words", [*_commands(main)], ids=" ".join)
+def test_every_command_takes_h_for_help(words: tuple[str, ...]) -> None:
+    short, long = run(*words, "-h"), run(*words, "--help")
+    assert (short.exit_code, short.stdout) == (0, long.stdout)
+    assert short.stdout.startswith("Usage: ")
 
 
 def test_a_command_that_there_is_not_names_the_nearest() -> None:

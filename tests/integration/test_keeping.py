@@ -11,6 +11,7 @@ from pathlib import Path
 
 import gymnasium
 import pytest
+from filelock import FileLock
 from journals import commit, save, start_run
 from processes import Leash, environment, script, start_trainer, trainer, wait_for
 from stable_baselines3 import DQN, PPO
@@ -127,6 +128,26 @@ def test_a_read_only_folder_is_read_without_a_lease(tmp_path: Path) -> None:
         assert load_checkpoint(first, gymnasium.make("CartPole-v1")).model.num_timesteps == 0
     finally:
         first.parent.chmod(0o700)
+
+
+def test_a_folder_that_cannot_be_pruned_is_no_success(tmp_path: Path) -> None:
+    first, second = saved(tmp_path, 1, 2)
+    lock = RunFolder(tmp_path, "a", "r").lock
+    lock.unlink(missing_ok=True)
+    # Root may write to a read-only folder, but takes no folder for a lock.
+    lock.mkdir()
+    pruned = cli("checkpoints", "prune", "--checkpoint-dir", tmp_path, "--keep-last-n", 1, cwd=tmp_path)
+    assert (pruned.returncode, pruned.stdout) == (1, "")
+    assert pruned.stderr.startswith(f"{first.parent}: it cannot be pruned: ") and pruned.stderr.count("\n") == 1
+    assert first.exists() and second.exists()
+
+
+def test_a_run_that_is_training_is_left_to_itself_without_an_error(tmp_path: Path) -> None:
+    first, _ = saved(tmp_path, 1, 2)
+    with FileLock(RunFolder(tmp_path, "a", "r").lock):
+        pruned = cli("checkpoints", "prune", "--checkpoint-dir", tmp_path, "--keep-last-n", 1, cwd=tmp_path)
+    assert (pruned.returncode, pruned.stdout) == (0, "")
+    assert pruned.stderr == f"{first.parent}: it is training now; its own process prunes it\n"
 
 
 def test_a_zip_without_metadata_gets_no_lease_beside_it(tmp_path: Path) -> None:

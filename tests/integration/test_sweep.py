@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shlex
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from processes import ROOT, Leash, environment, trainer
-from sweeps import MOMENTS, kill_and_resume, records, restarted, run_sweep, tear_snapshot, words, write_sweep
+from sweeps import MOMENTS, kill_and_resume, records, restarted, run_sweep, saves, tear_snapshot, words, write_sweep
 
 from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, load_checkpoint, prune_checkpoints, verify_checkpoint
 from sb3_mlflow_ckpt.cli.sweep import sweep_command
@@ -24,6 +25,7 @@ from sb3_mlflow_ckpt.errors import ConfigError
 from sb3_mlflow_ckpt.layout import RunFolder, metadata_path
 from sb3_mlflow_ckpt.resume import newest_of_run, resolve_checkpoint
 from sb3_mlflow_ckpt.scale.search_space import Distribution
+from sb3_mlflow_ckpt.scale.sweep_check import check_trials
 from sb3_mlflow_ckpt.scale.sweep_config import SweepConfig, build_sweep
 from sb3_mlflow_ckpt.scale.trial_row import _forward
 from sb3_mlflow_ckpt.scale.trial_start import EXPLOIT, TrialStart, handed_checkpoint, trial_start
@@ -270,6 +272,49 @@ def test_a_trial_that_asha_stops_is_killed_and_one_that_raises_has_failed(tmp_pa
     assert by_id[None].info.status == "FAILED"
 
 
+def test_a_failed_attempt_is_a_line_and_a_resume_may_try_more_often_but_not_train_something_else(tmp_path: Path) -> None:
+    keys: dict[str, Any] = {
+        "training": {"env_id": "toy_environments:FixedLength-v0", "env_kwargs": {"fails_at": 300}, "learning_rate": 0.001},
+        "concurrency": 1,
+        "report_interval_timesteps": 500,
+        "max_failures": 1,
+    }
+    done = run_sweep(write_sweep(tmp_path, **keys))
+    assert done.returncode == 1 and "the simulator broke" not in done.stderr
+    (trace,) = tmp_path.glob("sweeps/*/run_trial_*/error.txt")
+    (run_id,) = (record["run_id"] for record in records(tmp_path).values())
+    cause = f"RuntimeError: the simulator broke; attempt {{}}, its whole trace is in {trace}"
+    told = [line for line in done.stdout.splitlines() if "the simulator broke" in line]
+    assert told == [
+        f"{run_id} failed, and is tried again: {cause.format('1 of 2')}",
+        f"{run_id} ended with an error: {cause.format('2 of 2')}",
+    ]
+    assert trace.read_text().count('raise RuntimeError("the simulator broke")') == 2
+
+    other = {**keys, "training": {**keys["training"], "learning_rate": 0.0003}, "concurrency": 2}
+    refused = run_sweep(write_sweep(tmp_path, **other), "--resume")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == (
+        f"Error: resume: {run_id.rpartition('-')[0]} was started with other settings: "
+        "training.learning_rate: 0.001 -> 0.0003, concurrency: 1 -> 2. "
+        "Put them back, or start a new sweep without --resume\n"
+    )
+
+    more = run_sweep(write_sweep(tmp_path, **{**keys, "max_failures": 3, "resources": {"cpu": 0.25}}), "--resume")
+    assert more.returncode == 1, more.stdout + more.stderr
+    told = [line for line in more.stdout.splitlines() if "the simulator broke" in line]
+    assert told == [
+        f"{run_id} failed, and is tried again: {cause.format('3 of 4')}",
+        f"{run_id} ended with an error: {cause.format('4 of 4')}",
+    ]
+    (steps,) = saves(tmp_path).values()
+    assert steps == sorted(steps)
+    snapshot = json.loads(max(tmp_path.glob("sweeps/*/experiment_state-*.json")).read_text())
+    (trial,) = (json.loads(state) for state, _ in snapshot["trial_data"])
+    assert trial["max_failures"] == 3
+    assert pickle.loads(bytes.fromhex(trial["placement_group_factory"])).required_resources == {"CPU": 0.25}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -285,6 +330,14 @@ def test_a_trial_that_asha_stops_is_killed_and_one_that_raises_has_failed(tmp_pa
         (
             {"search": {"n_envs": {"choice": [0]}}},
             "n_envs: 0 is not valid: input should be greater than or equal to 1 (from s.yaml, search)",
+        ),
+        (
+            {"search": {"gamma": {"choice": [0.9, 0.99]}}},
+            "search.gamma: is not a setting (from s.yaml). Did you mean 'hyperparameters.gamma'?",
+        ),
+        (
+            {"training": {"algo": "dqn"}, "search": {"gae_lambda": {"choice": [0.9, 0.99]}}},
+            "search.gae_lambda: is not a setting (from s.yaml). Known: total_timesteps, ",
         ),
         ({"seeds": [1, 1]}, "seeds: [1, 1] names a seed twice (from s.yaml). Name each once"),
         ({"name": "../x"}, "name: '../x' holds a character that separates or is reserved in paths"),
@@ -342,6 +395,49 @@ def test_a_wrong_sweep_yaml_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "Error: seeds: '3' is not valid: input should be a valid list (from sweep.yaml)\n"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"training": {"env_id": "CartPol-v1"}}, "env_id: 'CartPol-v1' cannot be made: "),
+        ({"training": {"env_id": "CartPol-v1", "vec_env": "subproc"}}, "env_id: 'CartPol-v1' cannot be made: "),
+        ({"training": {"env_kwargs": {"gravitas": 1}}}, "env_kwargs: 'CartPole-v1' refuses {'gravitas': 1}: "),
+        ({"training": {"env_wrappers": ["nowhere:Wrapper"]}}, "env_wrappers: 'nowhere:Wrapper' cannot be imported: "),
+        ({"training": {"policy": "CnnPolice"}}, "policy: 'CnnPolice' is no policy of PPO. Did you mean 'CnnPolicy'?"),
+        (
+            {"training": {"hyperparameters": {"policy_kwargs": {"net_arc": [8]}}}},
+            "hyperparameters: PPO refuses the configuration: ",
+        ),
+        # One value of a search is wrong, and the others are not.
+        (
+            {"search": {"env_id": {"grid": ["CartPole-v1", "CartPol-v1"]}, "learning_rate": {"uniform": [0.1, 0.2]}}},
+            "env_id: 'CartPol-v1' cannot be made: ",
+        ),
+        (
+            {"search": {"algo": {"choice": ["ppo", "sac"]}}, "training": {"hyperparameters": {}}},
+            "hyperparameters: SAC refuses the configuration: ",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, str) else json.dumps(value),
+)
+def test_what_no_trial_could_begin_with_is_told_before_ray_and_mlflow_are_touched(
+    keys: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    training = {"mlflow": True, "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", **keys.pop("training", {})}
+    file = write_sweep(tmp_path, training=training, **keys)
+    done = run_sweep(file)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"Error: {message}") and done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.yaml"]
+
+
+def test_what_is_made_before_a_sweep_takes_no_memory_of_the_driver() -> None:
+    training = {"algo": "dqn", "hyperparameters": {"buffer_size": 10**15}}
+    check_trials(build_sweep({"training": training}, "s.yaml"))
+    goals = {"algo": "sac", "env_id": "toy_environments:ReachGoal-v0"}
+    hindsight = {"replay_buffer_class": "stable_baselines3:HerReplayBuffer", "learning_starts": 100}
+    check_trials(build_sweep({"training": {**goals, "hyperparameters": hindsight}}, "s.yaml"))
 
 
 def test_what_an_algorithm_takes_as_a_whole_number_is_not_drawn_as_a_fraction(tmp_path: Path) -> None:

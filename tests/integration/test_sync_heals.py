@@ -397,3 +397,26 @@ def test_the_command_tells_what_it_healed_as_lines_and_as_json(tracking: Trackin
     assert json.loads(command("--json")) == [
         {"folder": str(folder.path), "mirror": "MLflow", "error": None, "changes": []}
     ]
+
+
+def test_what_was_done_is_told_though_what_came_after_it_failed(tracking: Tracking, tmp_path: Path) -> None:
+    """The next sync finds the run made already, so that nobody would ever be told."""
+    folder, run_id = _mirrored_run(tracking)
+    uri = f"sqlite:///{tmp_path}/other.db"
+    # Where the other MLflow would keep artifacts.
+    (tmp_path / "mlruns").touch()
+    command = [sys.executable, "-m", "sb3_mlflow_ckpt", "checkpoints", "sync", "--tracking-uri", uri]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stdout + done.stderr
+    where = f"{Path('checkpoints') / folder.agent_id / folder.run_id}: MLflow"
+    made = read_record(folder)["mlflow"]["run_id"]
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"{where}: the run is made as {made}: it was tracked at {tracking.uri}, as {run_id}"
+    assert "Not a directory" in lines[-1]
+
+    (tmp_path / "mlruns").unlink()
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert {f"{where}: checkpoints/{name}.zip is sent" for name in ("ep000020", "ep000030")} <= {*lines}
+    assert lines[-1] == f"{where}: ok"
