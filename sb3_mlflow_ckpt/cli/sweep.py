@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from sb3_mlflow_ckpt.cli.commands import FAILURE_EXIT_CODE, Command
+from sb3_mlflow_ckpt.cli.commands import FAILURE_EXIT_CODE, Command, find_modules_here
 from sb3_mlflow_ckpt.printable import printable
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def sweep_command(ctx: click.Context, sweep_file: str, resume: bool, auto_resume
     from sb3_mlflow_ckpt.cli.settings import file_layer
     from sb3_mlflow_ckpt.scale.sweep_config import build_sweep
 
+    find_modules_here()
     values = dict(file_layer(sweep_file, given_as="SWEEP.yaml").values)
     training = values.get("training") or {}
     if isinstance(training, Mapping):

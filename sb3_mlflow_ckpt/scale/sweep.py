@@ -80,7 +80,7 @@ def run_sweep(
         ConfigError: It cannot be used, there is nothing to resume, or Ray is not there.
         MirrorUnavailableError: MLflow does not answer at the start.
     """
-    check_trials(sweep)
+    check_trials(sweep, elsewhere=address is not None)
     here = Path(sweep.folder).expanduser().absolute()
     folder = _newest(here, sweep) if resume != "no" else None
     if folder is None:

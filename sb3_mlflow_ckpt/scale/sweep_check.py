@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -16,17 +17,32 @@ from sb3_mlflow_ckpt.scale.sweep_config import SweepConfig
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
 
+logger = logging.getLogger(__name__)
+
 # What `make_env` makes other environments by.
 _OF_THE_ENVIRONMENT = ("env_id", "env_kwargs", "env_wrappers", "n_envs", "vec_env", "normalize", "frame_stack")
 
 
-def check_trials(sweep: SweepConfig) -> None:
+def check_trials(sweep: SweepConfig, *, elsewhere: bool = False) -> None:
     """Make each environment and model that a trial may begin with, as a training does, and let it go again.
+
+    Args:
+        sweep: The sweep.
+        elsewhere: Whether trials run at other machines: what cannot be made here, they may have.
 
     Raises:
         ConfigError: A trial would end with it at once.
     """
     _check_arguments(sweep)
+    try:
+        _make_all(sweep)
+    except ConfigError as error:
+        if not elsewhere or error.key not in _OF_THE_ENVIRONMENT:
+            raise
+        logger.warning("%s. The trials are started all the same: where they run, it may be there", error)
+
+
+def _make_all(sweep: SweepConfig) -> None:
     env: VecEnv | None = None
     made = None
     with warnings.catch_warnings():

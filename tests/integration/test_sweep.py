@@ -432,6 +432,13 @@ def test_what_no_trial_could_begin_with_is_told_before_ray_and_mlflow_are_touche
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.yaml"]
 
 
+def test_an_environment_that_only_the_trials_nodes_have_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    check_trials(build_sweep({"training": {"env_id": "installed_there:Env-v0"}}, "s.yaml"), elsewhere=True)
+    assert "env_id: 'installed_there:Env-v0' cannot be imported: " in caplog.text
+    with pytest.raises(ConfigError, match="learning_starts"):
+        check_trials(build_sweep({"training": {"hyperparameters": {"learning_starts": 1}}}, "s.yaml"), elsewhere=True)
+
+
 def test_what_is_made_before_a_sweep_takes_no_memory_of_the_driver() -> None:
     training = {"algo": "dqn", "hyperparameters": {"buffer_size": 10**15}}
     check_trials(build_sweep({"training": training}, "s.yaml"))
