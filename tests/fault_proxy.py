@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Iterator
 
+from ports import free_port
+
 MODES = ("pass", "refuse", "hang", "hang-answer", "http-500", "http-503", "slow", "cut", "reset")
 """pass: forwards. refuse: nobody listens, and what is open ends. hang: takes everything, answers nothing.
 hang-answer: the answer stops in its middle. http-500, http-503: answers so itself. slow: a few bytes at a time, late.
@@ -44,8 +46,8 @@ class FaultProxy:
         self.bytes_per_second = 4000
         self.latency = 0.05
         self.faults = 0
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-        self.port: int = self._listener.getsockname()[1]
+        self.port = free_port()
+        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=64)
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property

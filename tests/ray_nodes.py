@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
+from ports import free_port
+
 CHECKPOINT_DIR = "SB3_MLFLOW_CKPT_CHECKPOINT_DIR"
 _MEMORY = {"object_store_memory": 100 * 2**20}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def agent() -> dict[str, int]:

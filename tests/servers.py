@@ -12,6 +12,8 @@ import threading
 import time
 from pathlib import Path
 
+from ports import free_port
+
 _LISTENING = re.compile(r"listening on 127\.0\.0\.1:(\d+)")
 _START_SECONDS = 60.0
 
@@ -25,7 +27,7 @@ class MongoServer:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._port = 0
+        self._port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import torch as th
 import yaml
 from click.testing import CliRunner, Result
 from journals import save, start_run
+from ports import free_port
 from processes import environment
 from stable_baselines3 import PPO
 
@@ -571,8 +571,7 @@ def test_a_checkpoint_of_another_algorithm_is_a_wrong_setting(tmp_path: Path) ->
 
 
 def test_a_server_that_is_not_there_is_told_by_what_was_the_matter(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    address = f"http://127.0.0.1:{free_port()}"
     done = program("sb3_mlflow_ckpt", "train", "--total-timesteps", "64", "--tracking-uri", address, cwd=tmp_path)
     assert done.returncode == 1
     line = done.stderr

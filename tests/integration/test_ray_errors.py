@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from ports import free_port
 from processes import DEADLINE, environment, wait_for
-from ray_nodes import free_port
 
 ray = pytest.importorskip("ray", reason="NOT TESTED: the extra [ray] is not installed")
 

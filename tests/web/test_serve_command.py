@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from journals import save, start_run
+from ports import free_port
 from processes import environment, wait_for
 from servers import SilentServer
 from web_runs import FIRST
@@ -44,8 +45,7 @@ def test_every_address_is_answered_on_both_ports(serve_command: Start, tmp_path:
 
 
 def test_one_port_for_both_is_one_socket(serve_command: Start) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     assert serve_command("--port", port, "--ui-port", port).ports() == (port, port)
 
 
@@ -92,8 +92,7 @@ def test_a_signal_ends_it_although_a_database_keeps_it_waiting(serve_command: St
 
 
 def test_a_database_that_does_not_answer_is_told_and_served_as_503(serve_command: Start) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        closed = free.getsockname()[1]
+    closed = free_port()
     uri = f"mongodb://me:s3cretword@127.0.0.1:{closed}/?directConnection=true"
     command = serve_command("--mongo-uri", uri, *FREE)
     port, _ = command.ports()

@@ -1,0 +1,28 @@
+"""Owns the ports of servers that tests start, stop and start again at the same address."""
+
+from __future__ import annotations
+
+import random
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_FIRST_GIVEN = 32_768
+# Ray's workers listen below.
+_FIRST = 20_000
+
+
+def free_port() -> int:
+    """Return a port at which nobody listens, and which the system gives to nobody's connection.
+
+    From its own range, a server that comes back may find it taken: by a client that was given it meanwhile, even by
+    one that asks for that very server, and then talks with itself.
+    """
+    first_given = int(_RANGE.read_text().split()[0]) if _RANGE.exists() else _FIRST_GIVEN
+    # Not from the seed that a test may have set: several are at it side by side.
+    draw = random.SystemRandom()
+    while True:
+        port = draw.randrange(_FIRST, first_given)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
