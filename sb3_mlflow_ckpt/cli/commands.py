@@ -120,7 +120,7 @@ class Command(click.Command):
         self, *args: Any, make_params: Callable[[], Sequence[click.Parameter]] | None = None, **settings: Any
     ) -> None:
         own = settings.get("context_settings") or {}
-        settings["context_settings"] = {"token_normalize_func": _dashes, "help_option_names": ["-h", "--help"], **own}
+        settings["context_settings"] = {"token_normalize_func": _dashes, **own}
         super().__init__(*args, **settings)
         self._make_params = make_params
 
@@ -129,6 +129,10 @@ class Command(click.Command):
             self.params = [*self.params, *self._make_params()]
             self._make_params = None
         return super().get_params(ctx)
+
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        # Not a setting of the context: click keeps the option as the first one has it, and that may be anybody's.
+        return ["-h", "--help"]
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **settings: Any) -> Any:
         return super().main(arguments() if args is None else args, *more, **settings)

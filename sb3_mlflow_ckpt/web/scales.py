@@ -65,6 +65,11 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     raw = (high - low) / most
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next((factor * unit for factor in (1, 2, 5) if factor * unit >= raw * (1 - 1e-9)), 10 * unit)
+    # Of two ticks at most, a step of 5 may be longer than all that is between.
+    return _multiples(low, high, step) or _multiples(low, high, 2 * unit)
+
+
+def _multiples(low: float, high: float, step: float) -> list[float]:
     return [index * step for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 

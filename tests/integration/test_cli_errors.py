@@ -63,6 +63,8 @@ def program(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # It sets up the logging of the whole process.
+    monkeypatch.setattr("sb3_mlflow_ckpt.cli.progress.configure_logging", lambda console: None)
 
 
 @pytest.fixture
@@ -70,7 +72,6 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Configurations that the trainer was given; nothing is trained."""
     given: list[Any] = []
     monkeypatch.setattr(trainer, "train", lambda config, *, reporter: given.append(config) or result())
-    monkeypatch.setattr("sb3_mlflow_ckpt.cli.progress.configure_logging", lambda console: None)
     return given
 
 
@@ -84,7 +85,6 @@ def raise_in_training(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> 
         raise error
 
     monkeypatch.setattr(trainer, "train", train)
-    monkeypatch.setattr("sb3_mlflow_ckpt.cli.progress.configure_logging", lambda console: None)
 
 
 @pytest.fixture

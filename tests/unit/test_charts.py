@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from markupsafe import Markup
 
@@ -88,6 +88,7 @@ def test_a_comparison_is_xml_whatever_the_curves_and_names(series: list[tuple[st
 
 
 @given(st.lists(any_float.filter(lambda value: abs(value) <= 1e300), min_size=1), st.integers(2, 12))
+@example([2.2222222227777784e16], 2)
 def test_ticks_are_few_round_and_inside(values: list[float], most: int) -> None:
     low, high = domain(values)
     scale = Scale(low, high, 0, 100)
