@@ -154,14 +154,17 @@ def resolve_config(config: TrainingConfig, source: ResumeSource | None = None) -
             offline=config.start_offline,
         )
     if source is None and config.resume_from_checkpoint is not None:
+        others: list[str] = []
         source = resolve_checkpoint(
             config.resume_from_checkpoint,
             checkpoint_dir=config.checkpoint_dir,
             agent_id=config.agent,
             tracking_uri=config.tracking_uri,
-            accept=_accepted(config),
+            accept=_accepted(config, others),
             algo=config.algo if "algo" in config.model_fields_set else None,
         )
+        if source is None and others:
+            logger.warning("auto begins a new training: %s. To go on from it, name its checkpoint", others[0])
     saved: dict[str, Any] = {}
     if source is not None:
         config, saved = _inherit(config, source)
@@ -181,13 +184,11 @@ def resolve_config(config: TrainingConfig, source: ResumeSource | None = None) -
     return ResolvedTraining(resolved, source, changed, tuple(saved.get("undescribed") or ()))
 
 
-def _accepted(config: TrainingConfig) -> Callable[[CheckpointMetadata], bool]:
-    """Return which checkpoints `latest` and `auto` may take."""
+def _accepted(config: TrainingConfig, others: list[str]) -> Callable[[CheckpointMetadata], bool]:
+    """Return which checkpoints `latest` and `auto` may take; what is of another training is added to `others`."""
     given = {key: getattr(config, key) for key in _IDENTITY if key in config.model_fields_set}
-    told = False
 
     def accept(metadata: CheckpointMetadata) -> bool:
-        nonlocal told
         saved = metadata.config
         if config.mode != "smoke" and saved.get("mode") == "smoke":
             return False  # A trial must not become what the real training starts from.
@@ -195,14 +196,8 @@ def _accepted(config: TrainingConfig) -> Callable[[CheckpointMetadata], bool]:
         other = [key for key in given if saved.get(key, given[key]) != given[key]]
         if config.resume_from_checkpoint != "auto" or not other:
             return True
-        if not told:
-            told = True
-            differences = ", ".join(f"{key} {saved[key]!r} and not {given[key]!r}" for key in other)
-            logger.warning(
-                "auto leaves out what is of another training: run %s has %s. To go on from it, name its checkpoint",
-                metadata.run_id,
-                differences,
-            )
+        differences = ", ".join(f"{key} {saved[key]!r} and not {given[key]!r}" for key in other)
+        others.append(f"run {metadata.run_id} has {differences}")
         return False
 
     return accept

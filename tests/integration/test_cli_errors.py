@@ -537,11 +537,11 @@ def test_auto_goes_on_with_the_training_that_the_command_names_and_with_no_other
     for seed in ("0", "1"):
         said = train("--seed", seed)
         assert "Trained 128 timesteps" in said and "Resuming" not in said
-    assert "auto leaves out what is of another training: run " in said
+    assert "auto begins a new training: run " in said
     assert "has seed 0 and not 1. To go on from it, name its checkpoint" in said.replace("\n", " ")
     for seed in ("0", "1"):
         assert "Resuming" in (said := train("--seed", seed, "--total-timesteps", "192")), said
-        assert "seed:" not in said
+        assert "seed:" not in said and "begins a new" not in said
     assert "Resuming" not in train("--seed", "1", "--env-id", "Acrobot-v1")
     found = [verify_checkpoint(path) for path in list_checkpoints("checkpoints")]
     trainings = {m.run_id: (m.config["seed"], m.config["env_id"]) for m in found}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
+import psutil
 import pytest
+from processes import wait_for
 
 from sb3_mlflow_ckpt.child_process import ChildProcess, ProcessDiedError
 
@@ -69,8 +70,10 @@ def test_what_is_not_json_is_not_told(start: Start) -> None:
 def test_whoever_waits_for_it_is_out_a_moment_after_its_end(
     start: Start, waits: Callable[[ChildProcess], None]
 ) -> None:
-    # A child of its own has its ends of the pipes, and outlives it for a while.
-    child = start("import subprocess; subprocess.run([sys.executable, '-c', 'import time; time.sleep(8)'])")
+    # A child of its own has its ends of the pipes, and outlives it.
+    child = start("import subprocess; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])")
+    wait_for(lambda: psutil.Process(child.id).children(), "the child's child")
+    [holder] = psutil.Process(child.id).children()
 
     def wait() -> None:
         with suppress(ProcessDiedError):
@@ -78,12 +81,10 @@ def test_whoever_waits_for_it_is_out_a_moment_after_its_end(
 
     waiting = threading.Thread(target=wait)
     waiting.start()
-    time.sleep(1.0)
     assert waiting.is_alive()
-    before = time.monotonic()
     child.kill()
-    waiting.join(3.0)
-    assert not waiting.is_alive()
-    assert time.monotonic() - before < 5.0
+    waiting.join(60)
+    assert not waiting.is_alive() and holder.is_running()
+    holder.kill()
     with pytest.raises(ProcessDiedError, match="ended"):
         child.tell({})
