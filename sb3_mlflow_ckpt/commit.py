@@ -42,6 +42,8 @@ _DISK_FULL = (
     "or use a different checkpoint_dir with more space"
 )
 _WEIGHTS_ONLY = "it holds parameters and counters: random states, environments and replay buffers begin anew"
+_NO_MEMORY = "Use a machine with more memory, or a smaller replay buffer or rollout"
+_UNWRITABLE = "A part of the model cannot be written, which model.save() would not either: take it out of its state"
 _UNUSABLE = "Check that checkpoint_dir is a writable folder"
 
 
@@ -207,7 +209,8 @@ def _commit(folder: RunFolder, capture: CheckpointCapture) -> CheckpointMetadata
         raise save_error(path, error) from error
     except Exception as error:
         # A part of a user's own that cannot be written, memory that is used up: a checkpoint that failed, like others.
-        raise CheckpointSaveError(path, f"{type(error).__name__}: {error}") from error
+        hint = _NO_MEMORY if isinstance(error, MemoryError) else _UNWRITABLE
+        raise CheckpointSaveError(path, f"{type(error).__name__}: {error}", hint) from error
     return metadata
 
 
