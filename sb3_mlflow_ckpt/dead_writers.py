@@ -22,13 +22,15 @@ from sb3_mlflow_ckpt.leases import nobody_saves
 logger = logging.getLogger(__name__)
 
 
-def sweep_dead_writers(folder: RunFolder) -> None:
-    """Remove what dead writers left half-written in the folders of an agent's other runs, if nobody holds their lock.
+def sweep_dead_writers(agent_folder: Path, *, besides: Path | None = None) -> None:
+    """Remove what dead writers left half-written in the folders of an agent's runs, if nobody holds their lock.
 
-    Opening a journal does so in its own folder.
+    Args:
+        agent_folder: The folder that the run folders are in.
+        besides: The run folder of who asks: opening a journal does so in its own.
     """
-    for other in _subfolders(folder.path.parent):
-        if other == folder.path or not temporaries(other):
+    for other in _subfolders(agent_folder):
+        if other == besides or not temporaries(other):
             continue
         try:
             with FileLock(other / LOCK_NAME, timeout=0):
@@ -71,5 +73,9 @@ def temporaries(folder: Path) -> list[Path]:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:
-        return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError as error:
+        logger.debug("%s is not swept: %s", folder, error)
+        return []

@@ -373,7 +373,7 @@ def _start(folder: RunFolder, record: Mapping[str, Any], *, fresh: bool) -> RunJ
         try:
             if fresh and committed_episodes(folder):
                 raise RunFolderTakenError(folder.path)
-            sweep_dead_writers(folder)
+            sweep_dead_writers(folder.path.parent, besides=folder.path)
             journal.start(record)
         except BaseException:
             journal.close()

@@ -31,6 +31,7 @@ from sb3_mlflow_ckpt.algorithms import (
     default_learning_rate,
 )
 from sb3_mlflow_ckpt.config import TrainingConfig, differences
+from sb3_mlflow_ckpt.dead_writers import sweep_dead_writers
 from sb3_mlflow_ckpt.environments import close_env, make_env
 from sb3_mlflow_ckpt.errors import (
     CheckpointSaveError,
@@ -227,6 +228,8 @@ def train(
         metadata = resolved.source.metadata if resolved.source is not None else None
         episode = metadata.episode if metadata is not None else 0
         _release(resolved)
+        # A process may have died over its last files, and no run begins here that would take them away.
+        sweep_dead_writers(Path(resolved.config.checkpoint_dir) / resolved.config.agent)
         return TrainingResult(resolved, resolved.num_timesteps, episode, None, None, None, [])
     seed = _seed(resolved)
     env = make_env(resolved.config, seed=seed)

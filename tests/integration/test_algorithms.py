@@ -16,6 +16,7 @@ from sb3_mlflow_ckpt.checkpoints import list_checkpoints, verify_checkpoint
 from sb3_mlflow_ckpt.config import Layer, build_config
 from sb3_mlflow_ckpt.environments import make_env
 from sb3_mlflow_ckpt.errors import CheckpointLoadError, ConfigError, IncompatibleCheckpointError
+from sb3_mlflow_ckpt.layout import metadata_path
 from sb3_mlflow_ckpt.runs.folder import FolderRuns
 from sb3_mlflow_ckpt.trainer import TrainingResult, train
 
@@ -231,6 +232,17 @@ def test_the_target_is_of_the_whole_training_and_nothing_is_done_twice(tmp_path:
     assert again.run_folder is None
     assert again.num_timesteps == first.num_timesteps
     assert len(FolderRuns(tmp_path).list()) == 1
+
+
+def test_a_training_that_has_nothing_to_do_removes_what_a_dead_one_left_half_written(tmp_path: Path) -> None:
+    first = _train(tmp_path, total_timesteps=128, **CASES["ppo"])
+    # What a kill leaves between the two renames of the last checkpoint: the next training has no run of its own.
+    for name in (first.checkpoint.name, metadata_path(first.checkpoint).name):
+        (first.run_folder / f".tmp-1-ab-{name}").write_bytes(b"half")
+    before = {path.name: path.read_bytes() for path in first.run_folder.glob("ep*")}
+    _train(tmp_path, resume_from_checkpoint="auto")
+    assert [path.name for path in first.run_folder.glob(".tmp-*")] == []
+    assert {path.name: path.read_bytes() for path in first.run_folder.glob("ep*")} == before
 
 
 def test_auto_starts_and_then_resumes_with_the_same_settings(tmp_path: Path) -> None:
