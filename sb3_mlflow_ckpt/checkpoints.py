@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sb3_mlflow_ckpt.commit import capture_checkpoint, commit_checkpoint
-from sb3_mlflow_ckpt.errors import CheckpointError, InvalidIdError
-from sb3_mlflow_ckpt.layout import RunFolder, check_id, id_spellings
+from sb3_mlflow_ckpt.errors import CheckpointError, CheckpointNotFoundError, InvalidIdError
+from sb3_mlflow_ckpt.layout import RunFolder, check_id, id_spellings, metadata_path
 from sb3_mlflow_ckpt.leases import Lease, lease_checkpoint, saving
 from sb3_mlflow_ckpt.ledger import committed_episodes
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata
@@ -161,32 +161,29 @@ def lease_latest(
 ) -> tuple[Path | None, Lease | None]:
     """Return what `latest_checkpoint` does, and the lease that was taken before it was verified."""
     for _ in range(_LISTINGS):
-        vanished = False
-        for path in _newest_first(checkpoint_dir, run_id, agent_id, accept):
+        listed = list_checkpoints(checkpoint_dir, run_id, agent_id)
+        for path in _newest_first(listed, accept):
             lease = lease_checkpoint(path)
             try:
                 verify_checkpoint(path)
+                if not metadata_path(path).exists():
+                    # Somebody is removing it: a zip alone would verify, and be gone in a moment.
+                    raise CheckpointNotFoundError(path, "It was removed meanwhile")
             except (CheckpointError, OSError) as error:
                 if lease is not None:
                     lease.release()
-                vanished = vanished or not path.exists()
                 logger.warning("Passed over: %s", error)
                 continue
             return path, lease
-        if not vanished:
+        if all(metadata_path(path).exists() for path in listed):
             break
-        # All that there were went while they were looked at: newer ones came.
+        # Some that there were went while they were looked at: newer ones came.
     return None, None
 
 
-def _newest_first(
-    checkpoint_dir: str | Path,
-    run_id: str | None,
-    agent_id: str | None,
-    accept: Callable[[CheckpointMetadata], bool],
-) -> list[Path]:
+def _newest_first(paths: Iterable[Path], accept: Callable[[CheckpointMetadata], bool]) -> list[Path]:
     found: list[tuple[str, int, Path]] = []
-    for path in list_checkpoints(checkpoint_dir, run_id, agent_id):
+    for path in paths:
         try:
             metadata = read_metadata(path)
         except (CheckpointError, OSError) as error:

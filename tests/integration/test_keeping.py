@@ -18,6 +18,8 @@ from stable_baselines3 import DQN, PPO
 
 from sb3_mlflow_ckpt import EpisodeCheckpointCallback
 from sb3_mlflow_ckpt.checkpoints import (
+    latest_checkpoint,
+    lease_latest,
     list_checkpoints,
     load_checkpoint,
     pin_checkpoint,
@@ -26,10 +28,12 @@ from sb3_mlflow_ckpt.checkpoints import (
     unpin_checkpoint,
     verify_checkpoint,
 )
+from sb3_mlflow_ckpt.commit import remove_checkpoint
 from sb3_mlflow_ckpt.errors import CheckpointNotFoundError
 from sb3_mlflow_ckpt.layout import RunFolder, lease_path, pin_path
 from sb3_mlflow_ckpt.leases import lease_checkpoint, leased_episodes
 from sb3_mlflow_ckpt.live_run import LiveRun, RunOptions
+from sb3_mlflow_ckpt.metadata import CheckpointMetadata
 from sb3_mlflow_ckpt.policies import Retention
 from sb3_mlflow_ckpt.runs.folder import FolderRuns
 
@@ -280,6 +284,34 @@ print(path.name, lease is not None)
         cwd=tmp_path,
     )
     assert done.stdout == "ep000002.zip True\n", done.stderr
+
+
+def test_latest_takes_none_that_is_just_being_removed(tmp_path: Path) -> None:
+    """Its metadata is gone and its zip is not: that verifies, and cannot be held."""
+    folder = RunFolder(tmp_path / "checkpoints", "a", "r")
+    saved(folder.checkpoint_dir, 1, 2)
+
+    def prune(metadata: CheckpointMetadata) -> bool:
+        if metadata.episode == 2:
+            folder.metadata(2).rename(folder.path / ".tmp-1-ab-ep000002_metadata.json")
+        return True
+
+    path, lease = lease_latest(folder.checkpoint_dir, accept=prune)
+    assert path == folder.model(1) and lease is not None
+
+
+def test_latest_looks_again_where_all_went_before_they_were_read(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "checkpoints", "a", "r")
+    saved(folder.checkpoint_dir, 1, 2)
+
+    def prune(metadata: CheckpointMetadata) -> bool:
+        if metadata.episode == 1:
+            for episode in (1, 2):
+                remove_checkpoint(folder, episode)
+            saved(folder.checkpoint_dir, 3)
+        return metadata.episode > 1
+
+    assert latest_checkpoint(folder.checkpoint_dir, accept=prune) == folder.model(3)
 
 
 def test_the_trainer_takes_the_settings(tmp_path: Path) -> None:
