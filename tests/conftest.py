@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,36 @@ from xdist.scheduler import LoadScopeScheduling
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MongoServerFactory = Callable[[], MongoServer]
+
+# Modules whose tests take long, with about their seconds: what decides is their order.
+_SECONDS = {
+    "ray": 900,
+    "test_matrix.py": 400,
+    "test_outages.py": 260,
+    "test_documents.py": 240,
+    "test_mlflow_project.py": 190,
+    "test_preemption.py": 180,
+    "test_mirror_process.py": 155,
+    "test_campaign.py": 110,
+    "test_ownership.py": 110,
+    "test_signals.py": 105,
+    "test_algorithms.py": 95,
+    "test_sync_heals.py": 95,
+    "test_faulty_services.py": 90,
+    "test_mlflow_mirror.py": 85,
+    "test_history_access.py": 80,
+    "test_resumes.py": 75,
+    "test_own_run.py": 65,
+    "test_resume_commands_run.py": 65,
+    "test_env_exactness.py": 60,
+    "test_sweep_settings.py": 55,
+    "test_history_live.py": 55,
+    "test_history_pages.py": 45,
+    "test_cli_errors.py": 45,
+    "test_mongo_mirror.py": 40,
+    "test_kill.py": 40,
+    "test_scripts.py": 40,
+}
 
 
 @pytest.fixture(scope="session")
@@ -99,13 +131,27 @@ def only_ray() -> Iterator[None]:
         yield
 
 
-class OneRay(LoadScopeScheduling):
-    """Gives all modules that start Ray to one worker: another would only wait for them."""
+class LongestFirst(LoadScopeScheduling):
+    """Gives all modules that start Ray to one worker, as others would only wait for it, and the longest ones first."""
 
     def _split_scope(self, nodeid: str) -> str:
-        module = nodeid.partition("::")[0].rpartition("/")[2]
-        return "ray" if module.startswith(("test_ray", "test_sweep")) else str(super()._split_scope(nodeid))
+        return "ray" if _starts_ray(nodeid.partition("::")[0]) else str(super()._split_scope(nodeid))
+
+    def _assign_work_unit(self, node: Any) -> None:
+        # What takes long and comes last is waited for by all: in the order of their weight, as far as it is known.
+        self.workqueue = OrderedDict(sorted(self.workqueue.items(), key=lambda unit: -_weight(*unit)))
+        super()._assign_work_unit(node)
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneRay | None:
-    return OneRay(config, log) if config.getoption("dist") == "loadscope" else None
+@functools.cache
+def _starts_ray(module: str) -> bool:
+    return '"only_ray"' in (Path(__file__).parents[1] / module).read_text()
+
+
+def _weight(scope: str, tests: Collection[str]) -> float:
+    """Return about how many seconds the tests of a module take."""
+    return _SECONDS.get(scope.rpartition("/")[2], 0.2 * len(tests))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LongestFirst | None:
+    return LongestFirst(config, log) if config.getoption("dist") == "loadscope" else None

@@ -12,8 +12,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from processes import ROOT, environment, wait_for
+
+from sb3_mlflow_ckpt.checkpoints import load_checkpoint
 
 SWEEP_DEADLINE = 300.0
 QUICK: dict[str, Any] = {
@@ -131,6 +134,13 @@ def restarted(before: Mapping[str, list[int]], after: Mapping[str, list[int]]) -
         for run, steps in before.items()
         if steps and any(step <= steps[-1] for step in after[run][len(steps) :])
     }
+
+
+def same_weights(one: Path, other: Path) -> None:
+    """Assert that two checkpoints hold the same parameters, bit for bit."""
+    first, second = (load_checkpoint(path).model.policy.state_dict() for path in (one, other))
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[key].numpy(), second[key].numpy()) for key in first)
 
 
 def main() -> None:
