@@ -6,14 +6,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
-from processes import DEADLINE, environment, trainer, wait_for
+from processes import DEADLINE, environment, start_python, trainer, wait_for
 
 from sb3_mlflow_ckpt.checkpoints import list_checkpoints, verify_checkpoint
 from sb3_mlflow_ckpt.metadata import CheckpointMetadata
@@ -45,11 +44,10 @@ class Preempted:
         settings = {"MOMENT": moment, "MOMENT_FOLDER": str(cwd), "TMPDIR": str(self.temporary), **(env or {})}
         words = [*_ENVIRONMENT, "--checkpoint-interval-episodes", 10, "--total-timesteps", TARGET, *flags]
         self._log = cwd / "trainer.log"
-        with self._log.open("a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "sb3_mlflow_ckpt.trainer", *map(str, words)],
-                cwd=cwd, env=environment(**settings), stdout=log, stderr=log, text=True, start_new_session=True,
-            )  # fmt: skip
+        self.process = start_python(
+            "-m", "sb3_mlflow_ckpt.trainer", *words,
+            cwd=cwd, log=self._log, env=environment(**settings), new_session=True,
+        )  # fmt: skip
 
     def wait(self) -> None:
         """Wait until it is there."""

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import prefork
 import psutil
 
 ROOT = Path(__file__).parents[1]
@@ -24,32 +25,55 @@ def environment(**extra: str) -> dict[str, str]:
     return {**inherited, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1", **extra}
 
 
+def python(*words: object, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `python <words>` to its end."""
+    given = environment() if env is None else env
+    arguments = [*map(str, words)]
+    if _needs_its_own_start(given):
+        return subprocess.run(
+            [sys.executable, *arguments], cwd=cwd, env=given, capture_output=True, text=True, timeout=DEADLINE
+        )
+    return prefork.run(arguments, cwd=cwd, env=given, timeout=DEADLINE)
+
+
+def start_python(
+    *words: object, cwd: Path, log: Path, env: Mapping[str, str] | None = None, new_session: bool = False
+) -> Any:
+    """Start `python <words>`; its output goes to a file. What is returned is like a `subprocess.Popen`."""
+    given = environment() if env is None else env
+    arguments = [*map(str, words)]
+    with log.open("a") as file:
+        if not _needs_its_own_start(given):
+            files = {"output": file.fileno(), "errors": file.fileno()}
+            return prefork.start(arguments, cwd=cwd, env=given, new_session=new_session, **files)
+        return subprocess.Popen(
+            [sys.executable, *arguments], cwd=cwd, env=given, stdout=file, stderr=file, text=True,
+            start_new_session=new_session,
+        )  # fmt: skip
+
+
+def _needs_its_own_start(env: Mapping[str, str]) -> bool:
+    """Tell whether an environment says what is imported, or how."""
+    ours = environment()
+    return any(env.get(name) != ours.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS", "LD_PRELOAD"))
+
+
 def trainer(*flags: object, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run the trainer to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "sb3_mlflow_ckpt.trainer", *map(str, flags)],
-        cwd=cwd, env=env or environment(), capture_output=True, text=True, timeout=DEADLINE,
-    )  # fmt: skip
+    return python("-m", "sb3_mlflow_ckpt.trainer", *flags, cwd=cwd, env=env)
 
 
-def start_trainer(*flags: object, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+def start_trainer(*flags: object, cwd: Path, env: Mapping[str, str] | None = None) -> Any:
     """Start the trainer; its output goes to `trainer.log` in `cwd`."""
-    with (cwd / "trainer.log").open("a") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "sb3_mlflow_ckpt.trainer", *map(str, flags)],
-            cwd=cwd, env=env or environment(), stdout=log, stderr=log, text=True,
-        )  # fmt: skip
+    return start_python("-m", "sb3_mlflow_ckpt.trainer", *flags, cwd=cwd, log=cwd / "trainer.log", env=env)
 
 
 def script(source: str, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run a user's script to its end."""
-    return subprocess.run(
-        [sys.executable, "-c", source], cwd=cwd, env=env or environment(), capture_output=True, text=True,
-        timeout=DEADLINE,
-    )  # fmt: skip
+    return python("-c", source, cwd=cwd, env=env)
 
 
-def wait_for(condition: Callable[[], object], what: str, process: subprocess.Popen[str] | None = None) -> None:
+def wait_for(condition: Callable[[], object], what: str, process: Any = None) -> None:
     """Return when a condition holds; fail after a deadline, or when the process that should bring it about ends."""
     deadline = time.monotonic() + DEADLINE
     while not condition():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import pytest
 from browser import Server, Visit, axe_violations
 from history import checkpoint_row, run_row, shown_runs, text_of
 from playwright.sync_api import Page, expect
-from processes import DEADLINE, Leash, environment, start_trainer, wait_for
+from processes import DEADLINE, Leash, python, start_trainer, wait_for
 from real_runs import RealRuns
 from servers import MongoServer
 
@@ -196,10 +194,7 @@ def database(mongo_server: Callable[[], MongoServer], real_runs: RealRuns, tmp_p
     """A MongoDB-compatible server that holds the real runs, and the product serving it."""
     mongo = mongo_server()
     shutil.copytree(real_runs.checkpoint_dir, tmp_path / "checkpoints")
-    done = subprocess.run(
-        [sys.executable, "-m", "sb3_mlflow_ckpt", "checkpoints", "sync", "--mongo-uri", mongo.uri],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=DEADLINE,
-    )  # fmt: skip
+    done = python("-m", "sb3_mlflow_ckpt", "checkpoints", "sync", "--mongo-uri", mongo.uri, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     served = Server(tmp_path, "--mongo-uri", mongo.uri, "--checkpoint-dir", tmp_path / "checkpoints")
     yield mongo, served

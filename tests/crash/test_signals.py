@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from preempted import saved_at_signal
-from processes import environment, script, start_trainer, trainer, wait_for
+from processes import environment, script, start_python, start_trainer, trainer, wait_for
 
 from sb3_mlflow_ckpt.checkpoints import list_checkpoints, verify_checkpoint
 from sb3_mlflow_ckpt.runs.folder import FolderRuns
@@ -53,13 +53,10 @@ def test_a_signal_saves_records_and_exits_with_128_plus_its_number(
 
 def test_ctrl_c_with_environments_in_processes_still_saves(tmp_path: Path) -> None:
     """Ctrl-C reaches the workers too: one that dies of it would break the pipe before the save."""
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "sb3_mlflow_ckpt.trainer", "--total-timesteps", "10000000", "--mlflow", "false"),
-            *("--n-envs", "2", "--vec-env", "subproc", "--hyperparameters", "n_steps=64"),
-        ],
-        cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        text=True,
+    process = start_python(
+        *("-m", "sb3_mlflow_ckpt.trainer", "--total-timesteps", 10_000_000, "--mlflow", "false"),
+        *("--n-envs", 2, "--vec-env", "subproc", "--hyperparameters", "n_steps=64"),
+        cwd=tmp_path, log=tmp_path / "log", new_session=True,
     )  # fmt: skip
     wait_for(lambda: list_checkpoints(tmp_path / "checkpoints"), "the first checkpoint", process)
     os.killpg(process.pid, signal.SIGINT)
@@ -97,7 +94,7 @@ def test_ctrl_c_in_a_users_own_script_with_environments_in_processes_saves_exact
 
 
 def test_a_users_own_script_is_saved_on_sigterm(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", _SCRIPT], cwd=tmp_path, env=environment(), text=True)
+    process = start_python("-c", _SCRIPT, cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: list_checkpoints(tmp_path / "checkpoints"), "the first checkpoint", process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143

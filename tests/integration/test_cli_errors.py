@@ -1,7 +1,6 @@
 """The command line: what it prints, one line for every error, exit codes."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import yaml
 from click.testing import CliRunner, Result
 from journals import save, start_run
 from ports import free_port
-from processes import environment
+from processes import environment, python
 from stable_baselines3 import PPO
 
 from sb3_mlflow_ckpt import checkpoints, trainer
@@ -54,10 +53,7 @@ def fails(*words: str, code: int = 2) -> str:
 
 
 def program(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-m", *words], capture_output=True, text=True, timeout=300, cwd=cwd, env=environment
-    )
+    return python("-m", *words, cwd=cwd)
 
 
 @pytest.fixture(autouse=True)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from journals import commit, start_run
-from processes import environment
+from processes import python
 from servers import SilentServer
 
 from sb3_mlflow_ckpt import doctor
@@ -21,10 +19,7 @@ SECRET = "hunter2"
 
 
 def examine(*words: object, cwd: Path) -> tuple[int, list[dict[str, str]]]:
-    done = subprocess.run(
-        [sys.executable, "-m", "sb3_mlflow_ckpt", "doctor", "--json", *map(str, words)],
-        cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = python("-m", "sb3_mlflow_ckpt", "doctor", "--json", *words, cwd=cwd)
     assert SECRET not in done.stdout + done.stderr
     return done.returncode, json.loads(done.stdout)
 

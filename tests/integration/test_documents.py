@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import DEADLINE, ROOT, environment, script, trainer, wait_for
+from processes import DEADLINE, ROOT, environment, python, script, start_python, trainer, wait_for
 
 from sb3_mlflow_ckpt.checkpoints import list_checkpoints, verify_checkpoint
 from sb3_mlflow_ckpt.config import Layer, build_config
@@ -84,9 +84,8 @@ def test_the_documents_have_no_command_that_is_not_run_here() -> None:
 @pytest.mark.parametrize("command", _commands("python -m sb3_mlflow_ckpt.trainer"))
 def test_a_documented_training_trains_and_is_saved_when_it_is_stopped(workspace: Path, command: str) -> None:
     before = set(list_checkpoints(workspace / "checkpoints"))
-    words = [sys.executable, *shlex.split(command)[1:]]
-    with (workspace / "log").open("w") as log:
-        process = subprocess.Popen(words, cwd=workspace, env=environment(**_QUICK), stdout=log, stderr=log, text=True)
+    words = shlex.split(command)[1:]
+    process = start_python(*words, cwd=workspace, log=workspace / "log", env=environment(**_QUICK))
     if "--dry-run" in words:
         assert process.wait(DEADLINE) == 0
         return
@@ -112,10 +111,7 @@ def test_a_documented_training_trains_and_is_saved_when_it_is_stopped(workspace:
 # A server does not end by itself: tests/web/test_training_history_document.py has it.
 @pytest.mark.parametrize("command", [c for c in _commands("sb3-mlflow-ckpt") if c != "sb3-mlflow-ckpt serve"])
 def test_a_documented_command_succeeds(workspace: Path, command: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "sb3_mlflow_ckpt", *shlex.split(_tried(command))[1:]],
-        cwd=workspace, env=environment(), capture_output=True, text=True, timeout=DEADLINE,
-    )  # fmt: skip
+    done = python("-m", "sb3_mlflow_ckpt", *shlex.split(_tried(command))[1:], cwd=workspace)
     assert done.returncode == 0, done.stderr
     assert done.stdout
 

@@ -13,7 +13,7 @@ import gymnasium
 import pytest
 from filelock import FileLock
 from journals import commit, save, start_run
-from processes import Leash, environment, script, start_trainer, trainer, wait_for
+from processes import Leash, environment, python, script, start_trainer, trainer, wait_for
 from stable_baselines3 import DQN, PPO
 
 from sb3_mlflow_ckpt import EpisodeCheckpointCallback
@@ -57,10 +57,7 @@ def saved(folder: Path, *episodes: int) -> list[Path]:
 
 
 def cli(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sb3_mlflow_ckpt", *map(str, words)],
-        cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    return python("-m", "sb3_mlflow_ckpt", *words, cwd=cwd)
 
 
 def hold(path: Path) -> subprocess.Popen[str]:

@@ -15,6 +15,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+import prefork
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
@@ -61,23 +62,20 @@ class Launcher:
 
     def run(self, project: object, *options: str, **parameters: object) -> subprocess.CompletedProcess[str]:
         """Run a project to its end."""
-        return subprocess.run(
-            _command(project, options, parameters),
-            cwd=self.cwd, env=self.env, capture_output=True, text=True, timeout=DEADLINE,
-        )  # fmt: skip
+        return prefork.run(_command(project, options, parameters), cwd=self.cwd, env=self.env, timeout=DEADLINE)
 
-    def start(self, project: object, **parameters: object) -> subprocess.Popen[str]:
+    def start(self, project: object, **parameters: object) -> Any:
         """Start a project; the output goes to `mlflow-run.log`."""
         with self.log.open("a") as log:
-            return subprocess.Popen(
-                _command(project, (), parameters),
-                cwd=self.cwd, env=self.env, stdout=log, stderr=log, text=True, start_new_session=True,
-            )  # fmt: skip
+            files = {"output": log.fileno(), "errors": log.fileno()}
+            return prefork.start(
+                _command(project, (), parameters), cwd=self.cwd, env=self.env, new_session=True, **files
+            )
 
 
 def _command(project: object, options: tuple[str, ...], parameters: dict[str, object]) -> list[str]:
     pairs = [word for key, value in parameters.items() for word in ("-P", f"{key}={value}")]
-    return [sys.executable, "-m", "mlflow", "run", str(project), "--env-manager", "local", *options, *pairs]
+    return ["-m", "mlflow", "run", str(project), "--env-manager", "local", *options, *pairs]
 
 
 @dataclass(frozen=True)
@@ -306,10 +304,8 @@ def test_sending_what_a_killed_trainer_left_does_not_bring_it_back_to_life_in_ml
     killed: tuple[Launcher, Run],
 ) -> None:
     launcher, run_id = killed[0], killed[1].info.run_id
-    done = subprocess.run(
-        [sys.executable, "-m", "sb3_mlflow_ckpt", "checkpoints", "sync"],
-        cwd=launcher.cwd, env=launcher.env, capture_output=True, text=True, timeout=DEADLINE,
-    )  # fmt: skip
+    words = ("-m", "sb3_mlflow_ckpt", "checkpoints", "sync")
+    done = prefork.run(words, cwd=launcher.cwd, env=launcher.env, timeout=DEADLINE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert launcher.runs() == {run_id}, "it was sent to a run of its own"
     names = {f"checkpoints/{path.name}" for path in list_checkpoints(launcher.cwd / "checkpoints")}

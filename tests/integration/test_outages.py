@@ -6,7 +6,6 @@ import re
 import shlex
 import sqlite3
 import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import ViewType
 from mlflow_server import MlflowServer
 from outage_scenes import DATABASE, FLAGS, Services, Training
-from processes import DEADLINE, environment, trainer, wait_for
+from processes import python, trainer, wait_for
 from servers import MongoServer, SilentServer
 
 from sb3_mlflow_ckpt.runs.folder import FolderRuns
@@ -273,10 +272,7 @@ def test_a_server_whose_credentials_were_removed_must_be_named_to_be_sent_to(
 
 
 def _cli(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sb3_mlflow_ckpt", *words],
-        cwd=cwd, env=environment(), capture_output=True, text=True, timeout=DEADLINE,
-    )  # fmt: skip
+    return python("-m", "sb3_mlflow_ckpt", *words, cwd=cwd)
 
 
 def _files(folder: Path) -> dict[str, bytes]:

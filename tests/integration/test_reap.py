@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from journals import start_run
 from mlflow import MlflowClient
-from processes import ROOT, Leash, environment, start_trainer, wait_for
+from processes import ROOT, Leash, python, start_trainer, wait_for
 
 from sb3_mlflow_ckpt.atomic import temporary_sibling
 from sb3_mlflow_ckpt.checkpoints import list_checkpoints, verify_checkpoint
@@ -28,10 +28,7 @@ STALE = "2020-01-01T00:00:00.000Z"
 
 
 def reap(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sb3_mlflow_ckpt", "runs", "reap", "--json", *map(str, words)],
-        cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    return python("-m", "sb3_mlflow_ckpt", "runs", "reap", "--json", *words, cwd=cwd)
 
 
 def actions(done: subprocess.CompletedProcess[str]) -> list[str]:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import environment, trainer
+from processes import environment, python, trainer
 from stable_baselines3 import DQN, PPO
 
 from sb3_mlflow_ckpt import EpisodeCheckpointCallback, MLflowMirror
@@ -224,10 +224,8 @@ def test_what_has_a_copy_is_left_where_it_is_while_mlflow_does_not_answer(tracke
     shutil.copytree(tracked, tmp_path / "checkpoints")
     newest = list_checkpoints(tmp_path / "checkpoints")[-1]
     newest.write_bytes(b"x")
-    done = subprocess.run(
-        [sys.executable, "-m", "sb3_mlflow_ckpt", "checkpoints", "repair", "--tracking-uri", "http://127.0.0.1:9", "--json"],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    words = ("checkpoints", "repair", "--tracking-uri", "http://127.0.0.1:9", "--json")
+    done = python("-m", "sb3_mlflow_ckpt", *words, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     (item,) = json.loads(done.stdout)
     assert not item["mended"]

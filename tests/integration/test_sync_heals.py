@@ -6,8 +6,6 @@ import hashlib
 import json
 import shutil
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import pytest
 from journals import add_point, commit, prune, save, start_run
 from mlflow import MlflowClient
 from mlflow_server import MlflowServer
-from processes import environment
+from processes import python
 from pymongo import MongoClient
 
 from sb3_mlflow_ckpt import atomic
@@ -379,10 +377,7 @@ def test_the_command_tells_what_it_healed_as_lines_and_as_json(tracking: Trackin
     folder, run_id = _mirrored_run(tracking)
 
     def command(*words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "sb3_mlflow_ckpt", "checkpoints", "sync", *words],
-            cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+        done = python("-m", "sb3_mlflow_ckpt", "checkpoints", "sync", *words, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -405,8 +400,8 @@ def test_what_was_done_is_told_though_what_came_after_it_failed(tracking: Tracki
     uri = f"sqlite:///{tmp_path}/other.db"
     # Where the other MLflow would keep artifacts.
     (tmp_path / "mlruns").touch()
-    command = [sys.executable, "-m", "sb3_mlflow_ckpt", "checkpoints", "sync", "--tracking-uri", uri]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    command = ("-m", "sb3_mlflow_ckpt", "checkpoints", "sync", "--tracking-uri", uri)
+    done = python(*command, cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     where = f"{Path('checkpoints') / folder.agent_id / folder.run_id}: MLflow"
     made = read_record(folder)["mlflow"]["run_id"]
@@ -415,7 +410,7 @@ def test_what_was_done_is_told_though_what_came_after_it_failed(tracking: Tracki
     assert "Not a directory" in lines[-1]
 
     (tmp_path / "mlruns").unlink()
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    done = python(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert {f"{where}: checkpoints/{name}.zip is sent" for name in ("ep000020", "ep000030")} <= {*lines}
