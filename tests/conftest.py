@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MongoServerFactory = Callable[[], MongoServer]
 
+_RAY_WORKER = "gw0"
 # Modules whose tests take long, with about their seconds: what decides is their order.
 _SECONDS = {
     "ray": 900,
@@ -139,8 +140,15 @@ class LongestFirst(LoadScopeScheduling):
 
     def _assign_work_unit(self, node: Any) -> None:
         # What takes long and comes last is waited for by all: in the order of their weight, as far as it is known.
-        self.workqueue = OrderedDict(sorted(self.workqueue.items(), key=lambda unit: -_weight(*unit)))
+        units = sorted(self.workqueue.items(), key=lambda unit: -_weight(*unit))
+        self.workqueue = OrderedDict(sorted(units, key=lambda unit: unit[0] == "ray" and node.gateway.id != _RAY_WORKER))
         super()._assign_work_unit(node)
+
+
+def pytest_configure() -> None:
+    # Ray's tests are the longest of all, and take several times as long where its many processes wait for others.
+    if os.environ.get("PYTEST_XDIST_WORKER", _RAY_WORKER) != _RAY_WORKER:
+        os.nice(5)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -58,7 +59,10 @@ def training(tmp_path: Path) -> Training:
 def test_a_folder_that_goes_in_mid_run_is_made_again(training: Training, tmp_path: Path, how: str) -> None:
     elsewhere = tmp_path / "elsewhere" / "ppo_agent" / "run"
     if how == "removed":
+        # Held: it could put a file into a folder that is about to be empty.
+        training.process.send_signal(signal.SIGSTOP)
         shutil.rmtree(training.folder.path)
+        training.process.send_signal(signal.SIGCONT)
     else:
         elsewhere.parent.mkdir(parents=True)
         training.folder.path.rename(elsewhere)

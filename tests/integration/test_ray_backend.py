@@ -11,10 +11,11 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow_server import MlflowServer
-from processes import environment, script, wait_for
+from processes import Leash, environment, script, wait_for
 from ray_nodes import TwoNodes
 from sweeps import SWEEP_DEADLINE, start_sweep, write_sweep
 
@@ -39,8 +40,10 @@ entry_points:
       total_timesteps: {type: string, default: "1000"}
     command: >-
       python -m sb3_mlflow_ckpt.trainer --total-timesteps {total_timesteps} --checkpoint-interval-episodes 5
-      --keep-last-n-checkpoints 0 --device cpu --seed 1
+      --keep-last-n-checkpoints 0 --device cpu --seed 1 --config leash.yaml
 """
+
+
 @pytest.fixture(scope="module")
 def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
@@ -50,7 +53,13 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+def leash(tmp_path: Path) -> Leash:
+    """Holds a training where it has saved some checkpoints, until it is released."""
+    return Leash(tmp_path, 1500)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch, leash: Leash) -> Path:
     """The environment of whoever types `mlflow run`, and a project."""
     for name, value in environment(RAY_USAGE_STATS_ENABLED="0", MLFLOW_TRACKING_URI=tracking).items():
         monkeypatch.setenv(name, value)
@@ -59,6 +68,7 @@ def settings(tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch) -> 
     project = tmp_path / "project"
     project.mkdir()
     (project / "MLproject").write_text(PROJECT)
+    (project / "leash.yaml").write_text(f"env_wrappers: [{leash.wrapper}]\n")
     return project
 
 
@@ -81,7 +91,7 @@ def cluster(two_nodes: TwoNodes) -> TwoNodes:
 
 def submit(project: Path, address: str, /, **given: Any) -> Any:
     config = {"address": address, "ENV_MANAGER": "local", "SYNCHRONOUS": False, **given}
-    steps = {"total_timesteps": str(given.pop("total_timesteps", 40_000))}
+    steps = {"total_timesteps": str(given.pop("total_timesteps", 8_000))}
     config.pop("total_timesteps", None)
     return RayBackend().run(str(project), "main", steps, None, config, os.environ["MLFLOW_TRACKING_URI"], "0")
 
@@ -103,20 +113,21 @@ def lose_node(cluster: TwoNodes, run_id: str) -> tuple[RunFolder, RunFolder, lis
 
 
 def test_a_node_is_lost_and_the_run_goes_on_at_the_other_from_mlflow(
-    settings: Path, cluster: TwoNodes, tracking: str
+    settings: Path, cluster: TwoNodes, tracking: str, leash: Leash
 ) -> None:
     client = MlflowClient(tracking)
     submitted = submit(settings, cluster.address)
     run_id = submitted.run_id
     wait_for(lambda: len(sent(client, run_id)) >= 3, "checkpoints in MLflow")
     before, after, left = lose_node(cluster, run_id)
+    leash.release()
     assert submitted.wait()
     # Nothing was written beside the replacement.
     assert committed_episodes(before) == left
     record = read_record(after)
     first = min(read_ledger(after).saved)
     assert 0 < first - 5 <= max(left), "it went on from a checkpoint of the lost node, and not from zero"
-    assert (record["status"], record["attempt"], record["progress"]["num_timesteps"] >= 40_000) == ("completed", 2, True)
+    assert (record["status"], record["attempt"], record["progress"]["num_timesteps"] >= 8_000) == ("completed", 2, True)
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
     named = client.search_runs(["0"], f"tags.`sb3_mlflow_ckpt.run_id` = '{run_id}'")
@@ -125,15 +136,18 @@ def test_a_node_is_lost_and_the_run_goes_on_at_the_other_from_mlflow(
 
 
 def test_a_trials_node_is_lost_and_it_goes_on_at_the_other_from_mlflow(
-    tmp_path: Path, cluster: TwoNodes, tracking: str
+    tmp_path: Path, cluster: TwoNodes, tracking: str, leash: Leash
 ) -> None:
     client = MlflowClient(tracking)
     file = write_sweep(
         tmp_path,
-        training={"total_timesteps": 24_000, "mlflow": True, "tracking_uri": tracking, "checkpoint_interval_episodes": 5},
+        training={
+            "total_timesteps": 4_000, "mlflow": True, "tracking_uri": tracking, "checkpoint_interval_episodes": 5,
+            "env_wrappers": yaml.safe_load(f"[{leash.wrapper}]"),
+        },
         report_interval_timesteps=1_000_000,  # What Tune knows is no help.
         resources={"cpu": 1},
-    )
+    )  # fmt: skip
     driver = start_sweep(file, "--address", cluster.gcs)
 
     def trials() -> list[Run]:
@@ -144,6 +158,7 @@ def test_a_trials_node_is_lost_and_it_goes_on_at_the_other_from_mlflow(
     [run] = trials()
     run_id = run.data.tags["sb3_mlflow_ckpt.run_id"]
     before, after, left = lose_node(cluster, run_id)
+    leash.release()
     assert driver.wait(SWEEP_DEADLINE) == 0, (tmp_path / "sweep.log").read_text()
     assert committed_episodes(before) == left
     record = read_record(after)
@@ -158,8 +173,9 @@ def test_a_trials_node_is_lost_and_it_goes_on_at_the_other_from_mlflow(
 
 
 def test_a_trainer_that_is_killed_is_started_again_and_one_that_is_cancelled_saves_first(
-    settings: Path, cluster: TwoNodes, tracking: str
+    settings: Path, cluster: TwoNodes, tracking: str, leash: Leash
 ) -> None:
+    leash.release()
     client = MlflowClient(tracking)
     submitted = submit(settings, cluster.address, total_timesteps=10_000_000)
     run_id = submitted.run_id
