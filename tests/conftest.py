@@ -148,7 +148,7 @@ class LongestFirst(LoadScopeScheduling):
 def pytest_configure() -> None:
     # Ray's tests are the longest of all, and take several times as long where its many processes wait for others.
     if os.environ.get("PYTEST_XDIST_WORKER", _RAY_WORKER) != _RAY_WORKER:
-        os.nice(5)
+        os.nice(10)
 
 
 @functools.cache

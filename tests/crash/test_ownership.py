@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -51,8 +51,10 @@ class Training:
 
 
 @pytest.fixture
-def training(tmp_path: Path) -> Training:
-    return Training(tmp_path)
+def training(tmp_path: Path) -> Iterator[Training]:
+    started = Training(tmp_path)
+    yield started
+    started.process.kill()
 
 
 @pytest.mark.parametrize("how", ["removed", "renamed"])
