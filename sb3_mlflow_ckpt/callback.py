@@ -145,6 +145,7 @@ class EpisodeCheckpointCallback(BaseCallback):
             mirror_process_seconds,
         )
         self._signals = SignalGuard(grace_seconds, self._save_here, self._end_beside, enabled=handle_signals)
+        self._held = self._signals.hold()
         self._interruption: TrainingInterrupted | None = None
         self._exit = ExitGuard(self.abort)
         self._live: LiveRun | None = None
@@ -279,16 +280,22 @@ class EpisodeCheckpointCallback(BaseCallback):
             self._moments.rollout_start(wanted=self._signals.received is not None)
 
     def _on_step(self) -> bool:
-        with self._signals.hold():
-            live = self._running()
-            self._moments.step()
-            self._count(self._episodes.ended(self.model, self.locals))
+        # At every step, so each call here is one that somebody's training waits for.
+        with self._held:
+            live, moments = self._live, self._snapshots
+            if live is None or moments is None or self._interruption is not None:
+                live, moments = self._running(), self._moments
+            moments.step()
+            ended = self._episodes.ended(self.model, self.locals)
+            if ended:
+                self._count(ended)
             live.stepped(self.num_timesteps, self.episode)
             if self._curve.due():
                 self._add_point(live)
-            self._check_writer(live)
+            if live.has_failed:
+                self._check_writer(live)
             if self._due is not None or self._signals.received is not None:
-                self._moments.take_soon(overdue=self._signals.overdue)
+                moments.take_soon(overdue=self._signals.overdue)
         return True
 
     def _on_rollout_end(self) -> None:

@@ -150,6 +150,11 @@ class LiveRun:
                 waiting.pop().release()
             raise
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether `failures` would yield one."""
+        return self._writer.has_failed
+
     def failures(self) -> Iterator[BaseException]:
         """Yield why checkpoints could not be written, each failure once."""
         while (failure := self._writer.failure()) is not None:

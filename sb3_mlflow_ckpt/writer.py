@@ -34,11 +34,13 @@ class BackgroundWriter:
         self._jobs.put(job)
         return time.perf_counter() - started
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether there is a failure that was not returned yet: asked at every step."""
+        return not self._failures.empty()
+
     def failure(self) -> BaseException | None:
         """Return the oldest failure that was not returned yet, or None."""
-        # Asked at every step: a look costs a tenth of an exception.
-        if self._failures.empty():
-            return None
         try:
             return self._failures.get_nowait()
         except queue.Empty:
