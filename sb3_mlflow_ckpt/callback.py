@@ -217,7 +217,7 @@ class EpisodeCheckpointCallback(BaseCallback):
             error: What ended the training.
         """
         if self._live is not None:
-            with self._signals.hold():
+            with self._held:
                 self._abort(self._live, error)
 
     def _abort(self, live: LiveRun, error: BaseException | None) -> None:
@@ -251,7 +251,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         self._take_up()
         # Before there is anything that says that it runs.
         self._signals.install()
-        with self._signals.hold():
+        with self._held:
             try:
                 live = self._live = self._open()
             except BaseException:
@@ -274,7 +274,7 @@ class EpisodeCheckpointCallback(BaseCallback):
                 self._snapshots.continue_from(*replay)
 
     def _on_rollout_start(self) -> None:
-        with self._signals.hold():
+        with self._held:
             if self._lineage.resumption is not None:
                 self._lineage.resumption.rollout_start()
             self._moments.rollout_start(wanted=self._signals.received is not None)
@@ -299,7 +299,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        with self._signals.hold():
+        with self._held:
             if "dones" not in self.locals:
                 # ARS tells of a candidate's episodes after its last step.
                 self._count(self._episodes.ended(self.model, self.locals))
@@ -310,7 +310,7 @@ class EpisodeCheckpointCallback(BaseCallback):
                 self._lineage.resumption.rollout_end()
 
     def _on_training_end(self) -> None:
-        with self._signals.hold():
+        with self._held:
             self._end(self._running())
 
     def _end(self, live: LiveRun) -> None:
@@ -396,7 +396,7 @@ class EpisodeCheckpointCallback(BaseCallback):
 
     def _count(self, ended: int) -> None:
         before, self.episode = self.episode, self.episode + ended
-        due = self._interval.due(before, self.episode) if ended else None
+        due = self._interval.due(before, self.episode)
         if due is not None:
             # Several that fall due before the next safe point are one checkpoint, as several in one step are.
             self._due = due
@@ -405,7 +405,7 @@ class EpisodeCheckpointCallback(BaseCallback):
         return self.episode, self.model.num_timesteps, int(getattr(self.model, "_n_updates", 0))
 
     def _take(self, point: SafePoint | None) -> None:
-        with self._signals.hold():
+        with self._held:
             live = self._running()
             due, self._due = self._due, None
             if due is not None:
