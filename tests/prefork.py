@@ -8,6 +8,7 @@ before. Whatever the start itself matters to (what is imported when, another PYT
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
 import json
@@ -104,8 +105,12 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
     def _end(self) -> None:
-        self.returncode = _number(self._connection)
+        code = _number(self._connection)
+        # Until here it is a zombie, as with `Popen`: its id is nobody else's, whoever looks at it or signals it.
+        self._connection.shutdown(socket.SHUT_WR)
+        self._connection.recv(1)
         self._connection.close()
+        self.returncode = code
 
 
 class _Server:
@@ -178,11 +183,15 @@ def _serve(path: str) -> tuple[dict[str, Any], list[int]]:
             if key.data is not None:
                 pid, connection = key.data
                 selector.unregister(key.fileobj)
+                if key.fileobj is connection:
+                    # Whoever asked for it knows, or is gone.
+                    os.waitpid(pid, 0)
+                    connection.close()
+                    continue
                 os.close(key.fd)
-                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                # Whoever asked for it may have ended.
-                connection.send(_SIZE.pack(code), socket.MSG_NOSIGNAL)
-                connection.close()
+                with contextlib.suppress(OSError):
+                    connection.send(_SIZE.pack(_exit_code(pid)))
+                selector.register(connection, selectors.EVENT_READ, (pid, connection))
                 continue
             connection, _ = listener.accept()
             head, files, _, _ = socket.recv_fds(connection, _SIZE.size, 2)
@@ -190,18 +199,26 @@ def _serve(path: str) -> tuple[dict[str, Any], list[int]]:
             pid = os.fork()
             if pid == 0:
                 for item in [*selector.get_map().values()]:
-                    if item.fileobj is not sys.stdin:
+                    if isinstance(item.fileobj, int):
                         os.close(item.fd)
                     if item.data is not None:
                         item.data[1].close()
-                listener.detach()
+                listener.close()
                 connection.close()
                 selector.close()
                 return order, files
             for file in files:
                 os.close(file)
-            connection.send(_SIZE.pack(pid), socket.MSG_NOSIGNAL)
+            with contextlib.suppress(OSError):
+                connection.send(_SIZE.pack(pid))
             selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, connection))
+
+
+def _exit_code(pid: int) -> int:
+    """Return the exit code of a child that has ended, which stays a zombie; minus a signal's number."""
+    ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert ended is not None
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
 
 def _become(order: Mapping[str, Any], files: Sequence[int]) -> types.ModuleType:
