@@ -456,6 +456,10 @@ class EpisodeCheckpointCallback(BaseCallback):
         waited = live.save(capture) + self._moments.recorder.waited
         self._stalls.note(time.perf_counter() - started, waited)
         self._saved_state = self._state()
+        mean_reward = capture.metadata.metrics["mean_reward"]
+        if mean_reward is not None:
+            # The curve looks once a second: the best checkpoint may lie between.
+            live.report(mean_reward=mean_reward)
 
     def _check_writer(self, live: LiveRun) -> None:
         for failure in live.failures():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch as th
+from gymnasium.wrappers import TransformReward
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecNormalize
 from toy_environments import FixedLength, ReachGoal
 
@@ -46,6 +49,21 @@ def test_the_newest_checkpoints_are_kept_and_all_of_them_on_request(tmp_path: Pa
     _ppo().learn(160, callback=EpisodeCheckpointCallback(5, 0, tmp_path / "all"))
     assert _names(tmp_path / "two") == ["ep000030.zip", "ep000032.zip"]
     assert _names(tmp_path / "all") == [f"ep{e:06d}.zip" for e in (5, 10, 15, 20, 25, 30, 32)]
+
+
+def test_the_best_reward_of_the_record_is_that_of_the_best_checkpoint_between_two_looks_at_the_curve(
+    tmp_path: Path,
+) -> None:
+    """Rewards fall, and the run is over before the curve is looked at a second time."""
+    env = TransformReward(FixedLength(), lambda reward: reward / next(steps))
+    steps = itertools.count(1)
+    model = PPO("MlpPolicy", Monitor(env), n_steps=16, batch_size=16, n_epochs=1)
+    model.learn(160, callback=EpisodeCheckpointCallback(5, 0, tmp_path))
+    rewards = [verify_checkpoint(path).metrics["mean_reward"] for path in list_checkpoints(tmp_path)]
+    [record] = FolderRuns(tmp_path).list()
+    assert rewards == sorted(rewards, reverse=True)
+    assert record["progress"]["best_mean_reward"] == rewards[0]
+    assert record["progress"]["mean_reward"] == rewards[-1]
 
 
 def test_an_interval_of_zero_saves_only_at_the_end(tmp_path: Path) -> None:
