@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from costs.ours import Ours, OursMLflow, OursMLflowServer, OursMLflowServerThread, OursMLflowThread
+from costs.ours import (
+    Ours,
+    OursMLflow,
+    OursMLflowServer,
+    OursMLflowServerThread,
+    OursMLflowThread,
+    OursWritingProcess,
+)
 from costs.peers import Lightning, Orbax, TorchDistributed
 from costs.saving import Copy, Method, Save, SaveMLflow, SaveMLflowServer
 
@@ -15,6 +22,7 @@ METHODS: dict[str, tuple[str, type[Method]]] = {
     "torch": ("torch.distributed.checkpoint async_save", TorchDistributed),
     "orbax": ("Orbax async", Orbax),
     "ours": ("EpisodeCheckpointCallback", Ours),
+    "ours-process": ("a prototype of it: a process writes the files", OursWritingProcess),
     "ours-mlflow": ("EpisodeCheckpointCallback + MLflow, local store", OursMLflow),
     "ours-server": ("EpisodeCheckpointCallback + MLflow, server", OursMLflowServer),
     "ours-mlflow-thread": ("the same in a thread, local store", OursMLflowThread),

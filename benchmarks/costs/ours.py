@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from costs.saving import Method, Moment, Place
-from sb3_mlflow_ckpt import EpisodeCheckpointCallback, MLflowMirror, latest_checkpoint, verify_checkpoint
+from costs.writing_process import WritingProcess
+from sb3_mlflow_ckpt import EpisodeCheckpointCallback, MLflowMirror, latest_checkpoint, live_run, verify_checkpoint
 from sb3_mlflow_ckpt.journal import RunJournal
 
 
@@ -61,6 +62,15 @@ class Ours(Method):
             latest = latest_checkpoint(self._folder)
             assert latest is not None and verify_checkpoint(latest).resume_state["exact"], "It must be exact"
         return ended
+
+
+class OursWritingProcess(Ours):
+    """The same, where a process of its own writes the files (see `writing_process`)."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        # A method has a process to itself.
+        live_run.commit_checkpoint = WritingProcess().commit
 
 
 class OursMLflow(Ours):
