@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal, NoReturn
@@ -417,14 +417,17 @@ class EpisodeCheckpointCallback(BaseCallback):
         if self._live is not None and not is_writing(frame):
             self._moments.take_here()
 
-    def _end_beside(self, seconds: float) -> str:
+    def _end_beside(self, seconds: float, say: Callable[[str], None]) -> None:
+        deadline = time.monotonic() + seconds
         live = self._live or self._ending
         if live is None:
+            say("Nothing was trained")
             cancel(self._mirrors, "interrupted")
-            return "Nothing was trained"
+            return
         live.report(num_timesteps=self.num_timesteps, episode=self.episode)
-        live.end_beside("interrupted", seconds)
-        return f"The last checkpoint is {live.latest}" if live.latest is not None else "No checkpoint was saved"
+        live.end_beside("interrupted")
+        say(f"The last checkpoint is {live.latest}" if live.latest is not None else "No checkpoint was saved")
+        live.leave_mirrors(deadline - time.monotonic())
 
     def _save(self, episode: int, trigger: str, point: SafePoint | None = None) -> None:
         assert self.agent_id is not None and self.run_id is not None
@@ -498,7 +501,10 @@ class EpisodeCheckpointCallback(BaseCallback):
             return
         self._ending = live
         self._moments.close()
-        self._add_point(live)
+        # A step has one point: the end may come right after one.
+        if self._curve.last_step != self.model.num_timesteps:
+            self._add_point(live)
+        live.report(episode=self.episode, checkpoint_stalls=self._stalls.summary())
         if self._curve in self.logger.output_formats:
             self.logger.output_formats.remove(self._curve)
         if self._lineage.resumption is not None:

@@ -21,16 +21,20 @@ class CurveSampler(KVWriter):
 
     Args:
         seconds_between_points: The shortest time between two points.
+
+    Attributes:
+        last_step: The environment step of the last point; None before the first one.
     """
 
     def __init__(self, seconds_between_points: float = 1.0) -> None:
+        self.last_step: int | None = None
         self._pause = seconds_between_points
         self._scalars: dict[str, float | None] = {}
         self._last: tuple[float, int] = (time.monotonic(), 0)
 
     def start(self, num_timesteps: int) -> None:
         """Begin at a number of environment steps."""
-        self._last = (time.monotonic(), num_timesteps)
+        self._last, self.last_step = (time.monotonic(), num_timesteps), None
 
     def due(self) -> bool:
         """Return whether it is time for a point."""
@@ -45,7 +49,7 @@ class CurveSampler(KVWriter):
         """
         now = time.monotonic()
         then, steps = self._last
-        self._last = (now, model.num_timesteps)
+        self._last, self.last_step = (now, model.num_timesteps), model.num_timesteps
         infos = [info for info in (model.ep_info_buffer or ()) if "r" in info]
         point = {
             **self._scalars,  # First: a user's own scalar may be called as one of the columns is.

@@ -33,8 +33,10 @@ DEFAULT_GRACE_SECONDS = 30.0
 EXIT_CODES = {signum: 128 + signum for signum in SIGNALS}
 _PATIENCE, _COPIED, _STUCK, _END = 0.5, 0.8, 0.85, 0.95
 _NUDGE_SECONDS = 0.05
-# `mlflow run` sends SIGINT and SIGTERM for one Ctrl-C: only a later one is somebody's wish to hurry.
-_SAME_SECONDS = 1.0
+# Only a later signal is somebody's wish to hurry: `mlflow run` makes a SIGINT and, a little later, a SIGTERM of one
+# Ctrl-C, and is not quick on a machine that is busy.
+_SAME_SECONDS, _FOLLOWED_SECONDS = 1.0, 5.0
+_TWO_OF_ONE = (signal.SIGINT, signal.SIGTERM)
 
 
 class CommandGuard:
@@ -56,7 +58,8 @@ class CommandGuard:
         leave(EXIT_CODES[signum], line, unless=self._trains)
 
     def interrupt(self, signum: int, frame: FrameType | None) -> None:
-        """Do nothing: it is done."""
+        """Go no further where the process is being ended: what it has lost by then would look like an error."""
+        wait_if_leaving()
 
     def _trains(self) -> bool:
         # A training that was told has saved and is on its way out, within its own time.
@@ -94,7 +97,7 @@ class SignalGuard:
     Args:
         grace_seconds: The longest time from the first signal to the end of the process.
         overdue: Saves and raises, unless the frame that it is given is no place for that; then it is called again.
-        stuck: Records the end, given the time that is left in seconds; returns the line that is printed.
+        stuck: Records the end, given the time that is left in seconds, and what prints a line about it.
         enabled: Whether `install` does anything.
 
     Attributes:
@@ -105,7 +108,7 @@ class SignalGuard:
         self,
         grace_seconds: float,
         overdue: Callable[[FrameType | None], None],
-        stuck: Callable[[float], str],
+        stuck: Callable[[float, Callable[[str], None]], None],
         *,
         enabled: bool = True,
     ) -> None:
@@ -166,7 +169,8 @@ class SignalGuard:
     def interrupt(self, signum: int, frame: FrameType | None) -> None:
         """Hurry on a second signal; save from where training stands when it is time."""
         nudged, self._nudged = self._nudged, False
-        if not nudged and time.monotonic() - self._since > _SAME_SECONDS:
+        same = _FOLLOWED_SECONDS if (self.received, signum) == _TWO_OF_ONE else _SAME_SECONDS
+        if not nudged and time.monotonic() - self._since > same:
             self._hurried = True
         if self.overdue and self._hold.depth == 0 and not self._ended.is_set():
             self._overdue(frame)
@@ -193,7 +197,7 @@ class SignalGuard:
         said: list[str] = []
 
         def record() -> None:
-            said.append(self._stuck(self._left(_END)))
+            self._stuck(self._left(_END), said.append)
 
         # In a thread: a disk that hangs must not keep the process from ending.
         thread = threading.Thread(target=record, name="stuck", daemon=True)

@@ -17,6 +17,8 @@ from pathlib import Path
 _LAST_THINGS_SECONDS = 2.0
 _folders: set[Path] = set()
 _leaving = threading.Lock()
+# The threads in `leave`: a signal's handler may run in the middle of it.
+_leavers: set[int] = set()
 
 
 def remove_when_leaving(folder: Path) -> None:
@@ -40,8 +42,9 @@ def temporary_folder() -> Iterator[Path]:
 
 def wait_if_leaving() -> None:
     """Go no further where another thread is about to end the process."""
-    with _leaving:
-        pass
+    if threading.get_ident() not in _leavers:
+        with _leaving:
+            pass
 
 
 def leave(code: int, line: str = "", *, unless: Callable[[], bool] = lambda: False) -> None:
@@ -52,10 +55,16 @@ def leave(code: int, line: str = "", *, unless: Callable[[], bool] = lambda: Fal
         line: What is printed on stderr.
         unless: Tells whether it must not; asked while `wait_if_leaving` waits.
     """
+    thread = threading.get_ident()
+    if thread in _leavers:
+        return
+    _leavers.add(thread)
     if not _leaving.acquire(blocking=False):
+        _leavers.discard(thread)
         return
     if unless():
         _leaving.release()
+        _leavers.discard(thread)
         return
     # In a thread: a disk or a pipe that hangs must not keep the process from ending.
     last = threading.Thread(target=_last_things, args=(line,), daemon=True)

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 # An hour of a disk that takes nothing.
 _MOST_UNWRITTEN_POINTS = 3600
 _LAST_ROUND_SECONDS = 1.0
-# Of the grace period: what the mirrors may take.
+# Of the grace period, or of what is left of it: what the mirrors may take to catch up.
 _COPYING = 1 / 3
 
 
@@ -235,20 +235,24 @@ class LiveRun:
             self._release_parent()
         return behind
 
-    def end_beside(self, status: str, seconds: float) -> None:
+    def end_beside(self, status: str) -> None:
         """Record the end from a thread beside the training's, which does not come back; the process is to end.
+
+        Takes as long as a checkpoint that is being written.
 
         Args:
             status: How it ended, unless an end is recorded already.
-            seconds: How long it may take; a checkpoint that is being written may take longer.
         """
-        deadline = time.monotonic() + seconds
         self._ended.set()
         if self._journal.record.get("status") not in TERMINAL_STATUSES:
             self._record_end(status, None)
         self._writer.drain()
+
+    def leave_mirrors(self, seconds: float) -> None:
+        """Give the mirrors the last seconds of the process, after `end_beside`."""
         if not self._taken_over:
-            close_all(self._replicators, max(0.0, deadline - time.monotonic()))
+            # A part of it to catch up: one that does not is still to hear of the end.
+            close_all(self._replicators, max(0.0, _COPYING * seconds))
 
     def _storing(self, stores_checkpoints: bool) -> list[Replicator]:
         return [r for r in self._replicators if r.mirror.stores_checkpoints == stores_checkpoints]

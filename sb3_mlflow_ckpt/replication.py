@@ -24,7 +24,7 @@ _FIRST_RETRY_SECONDS = 0.5
 _LONGEST_RETRY_SECONDS = 15.0
 _POLL_SECONDS = 0.2
 _SILENT_SECONDS = 2.0
-_TELL_SECONDS = 1.0
+_TELL_SECONDS, _HURRIED_SECONDS = 3.0, 2.0
 
 
 class MirroredJournal(Protocol):
@@ -221,13 +221,13 @@ class Replicator:
         if self._done.is_set():
             self.mirror.close()
         else:
-            self._tell_end()
+            self._tell_end(hurry)
         # A request may hang beyond this; when it returns, the thread must not write to a journal that is closed.
         self._abandoned.set()
         self._place.close()
         return self._done.is_set()
 
-    def _tell_end(self) -> None:
+    def _tell_end(self, hurry: Callable[[], bool]) -> None:
         """Have the mirror told how the run ended: an upload that hangs must not leave it running there for ever."""
 
         def tell() -> None:
@@ -243,7 +243,9 @@ class Replicator:
             # The interpreter shuts down, or there are too many: no reason to leave the other mirrors open.
             logger.debug("%s was not told of the end", self.mirror.name, exc_info=error)
         else:
-            thread.join(_TELL_SECONDS)
+            began = time.monotonic()
+            while thread.is_alive() and time.monotonic() - began < (_HURRIED_SECONDS if hurry() else _TELL_SECONDS):
+                thread.join(_POLL_SECONDS)
 
     def _run(self) -> None:
         pause = _FIRST_RETRY_SECONDS

@@ -157,7 +157,7 @@ def test_a_server_that_hangs_at_the_start_is_no_error_of_somebody_who_stopped_it
 def test_in_the_middle_of_something_long_it_is_saved_from_where_it_stands(
     tmp_path: Path, moment: str, signum: signal.Signals, flags: tuple[str, ...], reason: str
 ) -> None:
-    training = Preempted(tmp_path, moment, *_OFFLINE, *flags, "--grace-seconds", 10)
+    training = Preempted(tmp_path, moment, *_OFFLINE, *flags, "--grace-seconds", 16)
     training.wait()
     training.send(signum)
     assert training.end() == EXIT_CODES[signum]
@@ -178,7 +178,7 @@ def test_in_the_middle_of_something_long_it_is_saved_from_where_it_stands(
 def test_where_the_main_thread_does_not_come_back_the_end_is_recorded_and_told(
     tmp_path: Path, mlflow_uri: str, moment: str, signum: signal.Signals
 ) -> None:
-    training = Preempted(tmp_path, moment, *PPO, "--grace-seconds", 8, "--tracking-uri", mlflow_uri)
+    training = Preempted(tmp_path, moment, *PPO, "--grace-seconds", 20, "--tracking-uri", mlflow_uri)
     training.wait()
     training.send(signum)
     assert training.end() == EXIT_CODES[signum]
@@ -189,9 +189,24 @@ def test_where_the_main_thread_does_not_come_back_the_end_is_recorded_and_told(
     assert MlflowClient(mlflow_uri).get_run(record["run_id"]).info.status == "KILLED"
 
 
+def test_where_neither_the_main_thread_nor_an_upload_comes_back_the_end_is_recorded_and_told(
+    tmp_path: Path, mlflow_uri: str
+) -> None:
+    with holding(mlflow_uri, r"PUT .*/artifacts/.*\.zip", before=True) as proxy:
+        training = Preempted(tmp_path, "step in C", *PPO, "--grace-seconds", 30, "--tracking-uri", proxy.uri)
+        training.wait()
+        wait_for(proxy.reached.is_set, "the upload", training.process)
+        training.send(signal.SIGTERM)
+        assert training.end() == 143
+        record = training.assert_interrupted()
+        [newest] = list_checkpoints(training.checkpoint_dir)[-1:]
+        assert f"The last checkpoint is {newest.relative_to(tmp_path)}" in training.log
+        assert MlflowClient(mlflow_uri).get_run(record["run_id"]).info.status == "KILLED"
+
+
 def test_a_step_in_a_worker_that_does_not_end_is_saved_without_it(tmp_path: Path) -> None:
     """The signal reaches every process of the group, as systemd's and a terminal's do."""
-    flags = ("--vec-env", "subproc", "--n-envs", 2, "--grace-seconds", 10)
+    flags = ("--vec-env", "subproc", "--n-envs", 2, "--grace-seconds", 16)
     training = Preempted(tmp_path, "step", *_OFFLINE, *PPO, *flags)
     training.wait()
     training.send(signal.SIGTERM, to_group=True)
@@ -224,7 +239,7 @@ def test_a_save_that_is_under_way_is_finished_and_the_last_state_saved_after_it(
 
 def test_a_disk_that_hangs_costs_no_committed_checkpoint(tmp_path: Path) -> None:
     slow = shadowing(tmp_path, _SLOW_DISK, "sitecustomize")
-    training = Preempted(tmp_path, "save", *_OFFLINE, *PPO, "--grace-seconds", 8, env=slow)
+    training = Preempted(tmp_path, "save", *_OFFLINE, *PPO, "--grace-seconds", 16, env=slow)
     training.wait()
     training.send(signal.SIGUSR1)
     assert training.end() == 138
@@ -238,7 +253,7 @@ def test_a_disk_that_hangs_costs_no_committed_checkpoint(tmp_path: Path) -> None
 
 def test_an_upload_that_hangs_leaves_no_run_running_in_mlflow(tmp_path: Path, mlflow_uri: str) -> None:
     with holding(mlflow_uri, r"PUT .*/artifacts/.*\.zip", before=True) as proxy:
-        training = Preempted(tmp_path, "", *PPO, "--grace-seconds", 8, "--tracking-uri", proxy.uri)
+        training = Preempted(tmp_path, "", *PPO, "--grace-seconds", 16, "--tracking-uri", proxy.uri)
         wait_for(proxy.reached.is_set, "the upload", training.process)
         training.send(signal.SIGTERM)
         assert training.end() == 143
@@ -268,7 +283,7 @@ from stable_baselines3 import PPO
 from sb3_mlflow_ckpt import EpisodeCheckpointCallback
 from moments import Arriving
 from toy_environments import FixedLength
-callback = EpisodeCheckpointCallback(checkpoint_interval_episodes=10, grace_seconds=10)
+callback = EpisodeCheckpointCallback(checkpoint_interval_episodes=10, grace_seconds=16)
 signal.signal(signal.SIGUSR1, lambda *_: Path("own").touch())
 try:
     PPO("MlpPolicy", Arriving(FixedLength()), n_steps=64, device="cpu").learn(10_000_000, callback=callback)
@@ -288,7 +303,7 @@ def test_in_a_users_own_script_a_handler_of_sigusr1_is_respected_and_sigterm_sav
     wait_for((tmp_path / "own").exists, "its own handler", process)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 143
     assert "ended with 143 at 29" in out
     assert list_checkpoints(tmp_path / "checkpoints")[-1].name == "ep000029.zip"

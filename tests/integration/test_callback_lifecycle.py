@@ -19,6 +19,7 @@ from toy_environments import FixedLength
 
 from sb3_mlflow_ckpt import EpisodeCheckpointCallback, list_checkpoints, load_checkpoint, verify_checkpoint
 from sb3_mlflow_ckpt.config import Layer, build_config
+from sb3_mlflow_ckpt.curve import CurveSampler
 from sb3_mlflow_ckpt.errors import CheckpointSaveError, RunFolderTakenError, TrainingInterrupted
 from sb3_mlflow_ckpt.journal import read_record
 from sb3_mlflow_ckpt.runs.curve import read_curve
@@ -177,7 +178,11 @@ def test_a_configuration_with_classes_arrays_and_infinities_is_kept_as_plain_val
     }  # fmt: skip
 
 
-def test_a_users_own_scalars_do_not_replace_the_columns_of_the_curve(tmp_path: Path) -> None:
+def test_a_users_own_scalars_do_not_replace_the_columns_of_the_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Only the last point is to have them.
+    monkeypatch.setattr(CurveSampler, "due", lambda self: False)
     callback = EpisodeCheckpointCallback(0, 0, tmp_path)
 
     def record(model: Any) -> None:
@@ -189,6 +194,16 @@ def test_a_users_own_scalars_do_not_replace_the_columns_of_the_curve(tmp_path: P
     assert callback.folder is not None
     point = read_curve(callback.folder)[-1]
     assert (point["num_timesteps"], point["episode"], point["mine"]) == (16, 3, 1.5)
+
+
+def test_a_step_has_one_point_of_the_curve_the_last_one_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CurveSampler, "due", lambda self: True)
+    callback = EpisodeCheckpointCallback(0, 0, tmp_path)
+    _ppo().learn(16, callback=callback)
+    assert callback.folder is not None
+    assert [point["num_timesteps"] for point in read_curve(callback.folder)] == [*range(1, 17)]
+    [record] = FolderRuns(tmp_path).list()
+    assert record["progress"]["checkpoint_stalls"]["count"] == 1
 
 
 def test_a_buffer_smaller_than_learning_starts_does_not_hold_updates_for_ever(tmp_path: Path) -> None:
