@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import tempfile
 import uuid
@@ -9,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from filelock import FileLock
 from mlflow_server import MlflowServer
@@ -17,6 +19,10 @@ from xdist.scheduler import LoadScopeScheduling
 
 # Before torch is imported: threads that wait for one another are slow where servers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 MongoServerFactory = Callable[[], MongoServer]
 
@@ -50,6 +56,12 @@ _SECONDS = {
     "test_kill.py": 40,
     "test_scripts.py": 40,
 }
+
+
+@pytest.fixture(autouse=True)
+def lists_are_never_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a list of runs read anew at each look, also where a busy machine made the last one a slow one."""
+    monkeypatch.setattr("sb3_mlflow_ckpt.runs.folder_index._QUICK_SECONDS", math.inf)
 
 
 @pytest.fixture(scope="session")

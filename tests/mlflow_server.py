@@ -7,13 +7,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 from ports import free_port
 from processes import environment
 
-_START_SECONDS = 90.0
+_START_SECONDS = 240.0
 
 
 class MlflowServer:
@@ -57,8 +58,11 @@ class MlflowServer:
         process, self._process = self._process, None
         if process is None:
             return
-        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        tree: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
+            tree += [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         for member in tree:
-            member.kill()
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
         psutil.wait_procs(tree, timeout=30)
-        process.wait(30)
+        process.wait(300)

@@ -15,6 +15,7 @@ from mlflow_server import MlflowServer
 from processes import DEADLINE, Leash, start_trainer, wait_for
 from servers import MongoServer
 
+from sb3_mlflow_ckpt.errors import RunNotFoundError
 from sb3_mlflow_ckpt.layout import RunFolder
 from sb3_mlflow_ckpt.mirrors.naming import LATEST_TAG
 from sb3_mlflow_ckpt.runs.folder import FolderRuns
@@ -128,8 +129,13 @@ class Training:
 
     def is_mirrored(self, services: Services) -> bool:
         """Tell whether both services have every checkpoint that was committed so far."""
-        stored = {entry["episode"] for entry in services.runs().get(self.folder.run_id)["checkpoint_paths"]}
-        return self.mirrored == stored == set(self.saved)
+        if self.mirrored != set(self.saved):
+            return False
+        try:
+            stored = services.runs().get(self.folder.run_id)["checkpoint_paths"]
+        except RunNotFoundError:
+            return False
+        return {entry["episode"] for entry in stored} == self.mirrored
 
     def assert_nothing_is_missing(self, services: Services, download: Path) -> None:
         """Compare both services with the disk: files, records, the learning curve, the status."""

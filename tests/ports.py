@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import random
 import socket
+import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _FIRST_GIVEN = 32_768
 # Ray's workers listen below.
 _FIRST = 20_000
+# Held as long as this process lives: a port is somebody's also while his server is stopped, or does not listen yet.
+_taken: list[IO[str]] = []
 
 
 def free_port() -> int:
@@ -24,5 +29,10 @@ def free_port() -> int:
     draw = random.SystemRandom()
     while True:
         port = draw.randrange(_FIRST, first_given)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
+        lock = Path(tempfile.gettempdir(), f"sb3_mlflow_ckpt-tests-port-{port}").open("w")  # noqa: SIM115
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.create_server(("127.0.0.1", port)):
+                _taken.append(lock)
+                return port
+        lock.close()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ports import free_port
+from processes import wait_for
 
 CHECKPOINT_DIR = "SB3_MLFLOW_CKPT_CHECKPOINT_DIR"
 _MEMORY = {"object_store_memory": 100 * 2**20}
@@ -28,14 +31,17 @@ class TwoNodes:
     def __init__(self, folder: Path) -> None:
         from ray.cluster_utils import Cluster
 
-        port = free_port()
-        head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port, **agent(), **_MEMORY}
+        port, own = free_port(), agent()
+        head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port, **own, **_MEMORY}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._nodes: dict[str, Any] = {}
         self.address = f"http://127.0.0.1:{port}"
         self.gcs = str(self._cluster.address)
         self.folders = {name: folder / name for name in ("one", "other")}
         self.complete()
+        # Whoever submits a job waits ten seconds for it, and no longer.
+        [listens] = own.values()
+        wait_for(lambda: _accepts(listens), "the head's agent")
 
     def complete(self) -> None:
         """Put a new node where one was taken away."""
@@ -53,3 +59,9 @@ class TwoNodes:
 
     def shutdown(self) -> None:
         self._cluster.shutdown()
+
+
+def _accepts(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
+        return True
+    return False

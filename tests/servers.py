@@ -15,7 +15,7 @@ from pathlib import Path
 from ports import free_port
 
 _LISTENING = re.compile(r"listening on 127\.0\.0\.1:(\d+)")
-_START_SECONDS = 60.0
+_START_SECONDS = 240.0
 
 
 class MongoServer:
@@ -67,7 +67,7 @@ class MongoServer:
         process, self._process = self._process, None
         if process is not None:
             process.send_signal(signum)
-            process.wait(60)
+            process.wait(300)
 
     def _wait_for_port(self, log: Path) -> int:
         deadline = time.monotonic() + _START_SECONDS

@@ -36,7 +36,7 @@ def ask(
     port: int, target: str, method: str = "GET", *, headers: Mapping[str, str] | None = None, host: str | None = None
 ) -> Answer:
     """Ask for exactly this target: no client normalises it."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     # Any bytes at all are what a hostile client sends, too.
     connection._validate_path = lambda url: None  # type: ignore[attr-defined, method-assign]
     connection._encode_request = lambda line: line.encode("latin-1")  # type: ignore[attr-defined, method-assign]
@@ -112,4 +112,4 @@ class ServeCommand:
     def stop(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
-        self.process.wait(60)
+        self.process.wait(300)

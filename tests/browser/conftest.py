@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 from browser import Server, Visit, Visitor, chromium, running_browser
 from filelock import FileLock
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, expect
 from real_runs import RealRuns, train_all
+
+# Several run side by side.
+expect.set_options(timeout=30_000)
 
 
 @pytest.fixture(scope="session")

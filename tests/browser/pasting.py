@@ -48,7 +48,7 @@ def pasted(command: str, cwd: Path, parent: str, checkpoint_dirs: tuple[Path, ..
     finally:
         if shell.poll() is None:
             os.killpg(shell.pid, signal.SIGTERM)
-            shell.wait(60)
+            shell.wait(300)
 
 
 def _children(stores: list[FolderRuns], parent: str) -> dict[str, dict[str, Any]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.process
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
@@ -67,13 +69,16 @@ class Trainers:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._processes = multiprocessing.get_context("forkserver")
+        # Starting one also looks after all others, and of two who look after one process only one learns its exit code.
+        self._lock = threading.Lock()
         self._processes.set_forkserver_preload(["sb3_contrib", "torch._dynamo", "sb3_mlflow_ckpt.callback"])
 
     def start(self, name: str, *flags: object) -> multiprocessing.process.BaseProcess:
         """Start one; what it prints goes to `<name>.log`."""
         words = [*map(str, flags), "--run-name", name, "--seed", "3", "--device", "cpu"]
         process = self._processes.Process(target=_train, args=(words, str(self._folder), f"{name}.log"))
-        process.start()
+        with self._lock:
+            process.start()
         return process
 
     def train(self, name: str, *flags: object, code: int = 0) -> None:
@@ -82,8 +87,11 @@ class Trainers:
 
     def end(self, name: str, process: multiprocessing.process.BaseProcess, code: int) -> None:
         """Wait for its end."""
-        process.join(DEADLINE)
-        assert process.exitcode == code, (self._folder / f"{name}.log").read_text()[-3000:]
+        multiprocessing.connection.wait([process.sentinel], DEADLINE)
+        with self._lock:
+            process.join(0)
+            found = process.exitcode
+        assert found == code, (self._folder / f"{name}.log").read_text()[-3000:]
 
 
 def _train(words: list[str], folder: str, log: str) -> None:

@@ -90,6 +90,7 @@ def test_the_keyboard_alone_leads_everywhere(server: Server, visit: Visit, real_
     expect(page).to_have_url(re.compile("sort=started_at"))
     head = page.locator("th:has([data-sort=started_at])")
     expect(head).to_have_attribute("aria-sort", "ascending")
+    page.wait_for_load_state()
     assert shown_runs(page) == [run["run_id"] for run in reversed(real_runs.store.list())]
 
 
@@ -121,7 +122,7 @@ def test_without_a_script_everything_is_there(server: Server, visit: Visit, real
     assert all(re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", text) for text in texts_of(page.locator("#runs time")))
     page.get_by_role("searchbox").fill("chain")
     page.get_by_role("button", name="Apply").click()
-    assert len(texts_of(page.locator("#runs .name"))) == 3
+    expect(page.locator("#runs .name")).to_have_count(3)
     page.get_by_role("link", name="third of three").click()
     record = real_runs.record("third of three")
     newest = record["checkpoint_paths"][-1]

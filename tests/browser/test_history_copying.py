@@ -123,8 +123,7 @@ def test_ids_and_paths_are_copied(server: Server, visit: Visit, own_runs: RealRu
     assert clipboard(page) == record["run_id"]
     checkpoint_row(page, item["episode"]).locator("summary").click()
     page.get_by_role("button", name=f"Copy path of episode {item['episode']}", exact=True).click()
-    page.wait_for_timeout(100)
-    assert clipboard(page) == item["path"]
+    page.wait_for_function("text => navigator.clipboard.readText().then(copied => copied === text)", arg=item["path"])
 
 
 def test_a_page_that_has_no_clipboard_copies_all_the_same(server: Server, visit: Visit, own_runs: RealRuns) -> None:

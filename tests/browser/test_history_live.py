@@ -47,17 +47,18 @@ class LiveTraining:
 
     def go_on(self, steps: int) -> int:
         """Let it take so many steps in all; return the newest episode that was saved when it stands still again."""
-        before, seen = self.episodes(), [("", -1)]
+        before, heartbeats = self.episodes(), set[str]()
         self.leash.allow(steps)
 
         def stands_still() -> bool:
             record = FolderRuns(self.checkpoint_dir).record(self.run_id)
-            now = (record["heartbeat_at"], self.episodes())
-            if now[0] != seen[-1][0]:
-                seen.append(now)
-            return now[1] > before and len({episode for _, episode in seen[-3:]}) == 1 and len(seen) > 3
+            if record["progress"]["num_timesteps"] == steps:
+                # What was queued at the last step is saved long before the third one.
+                heartbeats.add(record["heartbeat_at"])
+            return len(heartbeats) > 2
 
-        wait_for(stands_still, "a further checkpoint", self.process)
+        wait_for(stands_still, "the end of the leash", self.process)
+        assert self.episodes() > before
         return self.episodes()
 
     def stop(self) -> None:

@@ -152,6 +152,8 @@ def test_what_matches_nothing_says_so(server: Server, visit: Visit) -> None:
     page = visit(server).open("/training?q=no-such-run-anywhere")
     expect(page.get_by_role("heading", name="No run matches")).to_be_visible()
     page.get_by_role("link", name="Clear the filters").click()
+    page.wait_for_url("**/training")
+    page.wait_for_load_state()
     assert len(shown_runs(page)) == 50
 
 

@@ -198,6 +198,7 @@ def test_runs_are_compared(server: Server, visit: Visit, real_runs: RealRuns) ->
         page.get_by_label(f"Compare {name}").check()
     page.get_by_role("button", name=re.compile("^Compare")).click()
     expect(page.get_by_role("heading", level=1)).to_have_text("3 runs compared")
+    page.wait_for_load_state()
     order = texts_of(page.locator("#sides thead th bdi"))
     assert sorted(order) == sorted(names)
     by_order = [next(run for run in records.values() if run["name"] == name) for name in order]

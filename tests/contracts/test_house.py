@@ -17,7 +17,7 @@ HEAVY = ("torch", "stable_baselines3", "sb3_contrib", "mlflow", "pymongo")
 
 def run(*words: str, **settings) -> subprocess.CompletedProcess[str]:
     settings = {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, **settings}
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, **settings)
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=550, **settings)
 
 
 def imported_by(arguments: list[str], cwd: Path) -> set[str]:

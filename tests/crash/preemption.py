@@ -30,6 +30,7 @@ from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, list_checkpoints, ver
 from sb3_mlflow_ckpt.runs.folder import FolderRuns
 
 _GRACE = 20
+_TOGETHER_SECONDS = 0.5
 _ALGORITHMS = {"ppo": "{n_steps: 64}", "dqn": "{learning_starts: 50}", "sac": "{learning_starts: 50}"}
 
 
@@ -77,22 +78,30 @@ class Chain:
             self._pause(process, chance.uniform(0, longest / 3))
         new = [record for record in self._records() if record["run_id"] not in runs]
         sent = time.monotonic()
+        first, decisive = sent, signums[:1]
         for number, signum in enumerate(signums):
             if number:
                 self._pause(process, chance.uniform(0, 2))
+                if time.monotonic() - first < _TOGETHER_SECONDS:
+                    # Of several that come at once, the lowest number decides: at once is when the process gets to run.
+                    decisive = signums
             if process.poll() is None:
                 process.send_signal(signum)
+            first = first if number else time.monotonic()
         code = process.wait(DEADLINE)
         seconds = time.monotonic() - sent
         kind = f"{signums[0].name}{', twice' if len(signums) > 1 else ''}"
         moment = "while it trains" if new else "before it trains"
-        return f"{kind} {moment}", self._problems(code, signums[0], before, runs), seconds
+        return f"{kind} {moment}", self._problems(code, decisive, before, runs), seconds
 
-    def _problems(self, code: int, signum: signal.Signals, before: int, runs: set[str]) -> list[str]:
+    def _problems(self, code: int, signums: list[signal.Signals], before: int, runs: set[str]) -> list[str]:
         log = (self.cwd / "trainer.log").read_text()
         found = []
-        if shell_code(code) != 128 + signum:
-            found.append(f"exit code {code} after {signum.name}: {log[-600:]}")
+        if "Fatal Python error: init_import_site" in log:
+            # Python itself was starting.
+            return found
+        if shell_code(code) not in [128 + signum for signum in signums]:
+            found.append(f"exit code {code} after {[signum.name for signum in signums]}: {log[-600:]}")
         if "Traceback" in log and code >= 0:
             found.append(f"a traceback: {log[-600:]}")
         for record in self._records():

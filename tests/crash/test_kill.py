@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from processes import start_trainer, trainer, wait_for
 
 from sb3_mlflow_ckpt.checkpoints import latest_checkpoint, verify_checkpoint
+from sb3_mlflow_ckpt.errors import CheckpointError
 from sb3_mlflow_ckpt.runs.folder import FolderRuns
 
 
@@ -27,11 +29,14 @@ def test_random_kills_and_auto_reach_the_target(tmp_path: Path, algo: str) -> No
 
         def far_enough(steps: int = more) -> bool:
             newest = latest_checkpoint(checkpoints)
-            return newest is not None and verify_checkpoint(newest).num_timesteps >= steps
+            # The trainer may have removed it since.
+            with suppress(CheckpointError):
+                return newest is not None and verify_checkpoint(newest).num_timesteps >= steps
+            return False
 
         wait_for(far_enough, "a further checkpoint", process)
         process.kill()
-        process.wait(30)
+        process.wait(300)
         newest = latest_checkpoint(checkpoints)
         assert newest is not None
         assert verify_checkpoint(newest).num_timesteps > committed
@@ -39,7 +44,8 @@ def test_random_kills_and_auto_reach_the_target(tmp_path: Path, algo: str) -> No
     done = trainer(*flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     records = FolderRuns(checkpoints).list()
-    assert [record["status"] for record in records] == ["completed", "running", "running", "running"]
+    # Two minutes after its last heartbeat one that was killed counts as lost.
+    assert [record["status"].replace("lost", "running") for record in records] == ["completed", *["running"] * 3]
     assert len({record["root_run_id"] for record in records}) == 1
     assert records[0]["progress"]["num_timesteps"] >= 6000
     # The chain is whole: each run names the checkpoint of the one before, and goes on from its numbers.

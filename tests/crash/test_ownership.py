@@ -115,7 +115,9 @@ def test_a_zombie_whose_folder_was_taken_over_stops_and_writes_nothing_more(tmp_
     successor.close()
 
 
-def test_a_later_attempt_fences_out_an_earlier_one_where_locks_do_nothing(training: Training) -> None:
+def test_a_later_attempt_fences_out_an_earlier_one_where_locks_do_nothing(tmp_path: Path) -> None:
+    # A heartbeat that is being written would lie over the record of the later attempt, which writes it once only here.
+    training = Training(tmp_path, "--heartbeat-seconds", 3600)
     record = json.loads(training.folder.record.read_bytes())
     fresh = training.folder.record.with_suffix(".new")
     fresh.write_text(json.dumps({**record, "attempt": record["attempt"] + 1}))

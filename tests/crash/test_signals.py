@@ -32,7 +32,7 @@ def test_a_signal_saves_records_and_exits_with_128_plus_its_number(
     wait_for(lambda: list_checkpoints(tmp_path / "checkpoints"), "the first checkpoint", process)
     for signum in signals:
         process.send_signal(signum)
-    assert process.wait(60) == 128 + signals[0]
+    assert process.wait(300) == 128 + signals[0]
     log = (tmp_path / "trainer.log").read_text()
     assert "Traceback" not in log
 
@@ -60,7 +60,7 @@ def test_ctrl_c_with_environments_in_processes_still_saves(tmp_path: Path) -> No
     )  # fmt: skip
     wait_for(lambda: list_checkpoints(tmp_path / "checkpoints"), "the first checkpoint", process)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 130
+    assert process.wait(300) == 130
     [record] = FolderRuns(tmp_path / "checkpoints").list()
     assert record["status"] == "interrupted"
     saved_at_signal(tmp_path / "checkpoints")
@@ -88,7 +88,7 @@ def test_ctrl_c_in_a_users_own_script_with_environments_in_processes_saves_exact
         )  # fmt: skip
     wait_for(lambda: list_checkpoints(tmp_path / "checkpoints"), "the first checkpoint", process)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 130, (tmp_path / "log").read_text()
+    assert process.wait(300) == 130, (tmp_path / "log").read_text()
     assert "Traceback" not in (tmp_path / "log").read_text()
     assert verify_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1]).resume_state["exact"] is True
 
@@ -97,7 +97,7 @@ def test_a_users_own_script_is_saved_on_sigterm(tmp_path: Path) -> None:
     process = start_python("-c", _SCRIPT, cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: list_checkpoints(tmp_path / "checkpoints"), "the first checkpoint", process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
+    assert process.wait(300) == 143
     saved_at_signal(tmp_path / "checkpoints")
 
 

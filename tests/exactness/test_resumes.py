@@ -100,7 +100,7 @@ def test_a_training_that_a_signal_stopped_ends_as_if_it_had_not(tmp_path: Path) 
     process = start_trainer(*flags, "--total-timesteps", 10_000_000, cwd=tmp_path)
     wait_for(lambda: list_checkpoints(tmp_path / "checkpoints"), "the first checkpoint", process)
     process.terminate()
-    assert process.wait(60) == 143
+    assert process.wait(300) == 143
     metadata = saved_at_signal(tmp_path / "checkpoints")
     assert metadata.resume_state["exact"]
     target = metadata.num_timesteps + 1_000

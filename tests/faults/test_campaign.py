@@ -24,7 +24,7 @@ _RELIABILITY = (ROOT / "docs" / "reliability.md").read_text()
 def _run(*words: object) -> str:
     done = subprocess.run(
         [sys.executable, _CAMPAIGN, *map(str, words)],
-        env=environment(**{PRELOAD: str(library())}), capture_output=True, text=True, timeout=4 * DEADLINE,
+        env=environment(**{PRELOAD: str(library())}), capture_output=True, text=True, timeout=2 * DEADLINE,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

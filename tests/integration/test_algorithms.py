@@ -320,7 +320,8 @@ def test_a_setting_that_cannot_be_used_is_one_clear_line(tmp_path: Path, setting
     assert not list(tmp_path.iterdir())
 
 
-def test_smoke_is_a_short_trial_of_the_same_configuration(tmp_path: Path) -> None:
+def test_smoke_is_a_short_trial_of_the_same_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_mlflow_ckpt.trainer.SMOKE_SECONDS", 300.0)
     result = _train(tmp_path, mode="smoke", hyperparameters={"n_steps": 256})
     assert 2048 <= result.num_timesteps < 4096
     [record] = FolderRuns(tmp_path).list()

@@ -20,9 +20,9 @@ from holding_proxy import holding
 from journals import add_point, prune, save, start_run
 from mlflow import MlflowClient
 from mlflow_server import MlflowServer
-from processes import TESTS, environment, script, wait_for
+from processes import DEADLINE, TESTS, environment, lives, script, wait_for
 
-from sb3_mlflow_ckpt import mirror_process
+from sb3_mlflow_ckpt import mirror_process, replication
 from sb3_mlflow_ckpt.errors import RunTakenOverError
 from sb3_mlflow_ckpt.journal import RunJournal
 from sb3_mlflow_ckpt.layout import RunFolder
@@ -175,7 +175,10 @@ def test_an_outage_in_the_process_is_raised_here_and_made_good(journal: RunJourn
         place.close()
 
 
-def test_a_request_that_hangs_ends_with_the_run(journal: RunJournal, mlflow_server: MlflowServer) -> None:
+def test_a_request_that_hangs_ends_with_the_run(
+    journal: RunJournal, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replication, "_TELL_SECONDS", DEADLINE)
     mirror = MLflowMirror(mlflow_server.uri)
     place = moved(mirror, journal)
     process = psutil.Process(place.process_id)
@@ -184,7 +187,7 @@ def test_a_request_that_hangs_ends_with_the_run(journal: RunJournal, mlflow_serv
     replicator.start()
     journal.update(status="completed", ended_at="2026-01-01T00:01:00.000Z")
     assert not replicator.close(0.5)
-    wait_for(lambda: not process.is_running(), "the process to be ended")
+    wait_for(lambda: not lives(process.pid), "the process to be ended")
     # It was told the end beside the request that hung.
     assert MlflowClient(mlflow_server.uri).get_run(str(mirror.run_id)).info.status == "FINISHED"
 
@@ -408,7 +411,7 @@ def test_the_process_ends_with_the_training(tmp_path: Path, dies: bool) -> None:
     done = script(TRAINING.format(tests=str(TESTS), uri=uri, dies=dies), tmp_path, environment())
     assert done.returncode == (-9 if dies else 0), done.stderr
     worker = int(done.stdout.split()[-1])
-    wait_for(lambda: not psutil.pid_exists(worker) or psutil.Process(worker).status() == "zombie", "its end")
+    wait_for(lambda: not lives(worker), "its end")
     journal = RunJournal(RunFolder(tmp_path / "runs", "a", "r"))
     try:
         run = MlflowClient(uri).get_run(journal.record["mlflow"]["run_id"])

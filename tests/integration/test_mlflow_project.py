@@ -285,7 +285,7 @@ def killed(project: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Lau
     launcher = Launcher(shutil.copytree(project, tmp_path_factory.mktemp("killed") / "project"))
     process, leash = _training(launcher)
     os.kill(_record(launcher)["pid"], signal.SIGKILL)
-    assert process.wait(60) != 0, launcher.log.read_text()
+    assert process.wait(300) != 0, launcher.log.read_text()
     leash.release()
     [run_id] = launcher.runs()
     return launcher, launcher.client.get_run(run_id)
@@ -318,7 +318,7 @@ def test_a_trainer_that_is_terminated_saves_and_is_no_success(own: Launcher) -> 
     # Before it may go on: where an interval falls due in the same step, its checkpoint is that of the signal too.
     os.kill(_record(own)["pid"], signal.SIGTERM)
     leash.release()
-    assert process.wait(60) != 0, own.log.read_text()
+    assert process.wait(300) != 0, own.log.read_text()
     record = _record(own)
     assert (record["status"], record["error"]) == ("interrupted", None)
     newest = list_checkpoints(own.cwd / "checkpoints")[-1]
@@ -337,7 +337,7 @@ def test_a_signal_to_mlflow_run_and_its_trainer_saves_and_both_say_so(own: Launc
     process, leash = _training(own)
     leash.release()
     os.killpg(process.pid, signum)
-    assert process.wait(60) != 0, own.log.read_text()
+    assert process.wait(300) != 0, own.log.read_text()
     # `mlflow run` may be gone first.
     wait_for(lambda: _record(own)["status"] != "running", "the end of the trainer")
     record = _record(own)
@@ -356,7 +356,7 @@ def test_a_trainer_whose_mlflow_run_is_ended_goes_on_and_ends_well(own: Launcher
     pid = _record(own)["pid"]
     try:
         process.send_signal(signum)
-        process.wait(30)
+        process.wait(300)
         [run_id] = own.runs()
         assert own.client.get_run(run_id).info.status == "RUNNING"
         leash.release()

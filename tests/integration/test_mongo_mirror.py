@@ -285,7 +285,7 @@ class Attempt:
     def end(self) -> None:
         if self._process.stdin is not None:
             self._process.stdin.close()
-        self._process.wait(60)
+        self._process.wait(300)
         if self._process.stdout is not None:
             self._process.stdout.close()
 
@@ -451,7 +451,7 @@ def test_the_replicators_thread_heals_an_outage(
             server.start()
             eventually(lambda: replicator.failure is None)
     journal.update(status="completed")
-    assert replicator.close(timeout=60)
+    assert replicator.close(timeout=300)
     assert len(reader.get(RUN)["checkpoint_paths"]) == 30
     assert_same(reader, journal)
 
@@ -511,7 +511,7 @@ def test_a_process_that_was_forked_makes_a_client_of_its_own(mongo_uri: str, mon
     results = fork.Queue()
     child = fork.Process(target=_use_in_child, args=(lazy, parents, results))
     child.start()
-    assert results.get(timeout=60) == (False, 1.0)
+    assert results.get(timeout=300) == (False, 1.0)
     child.join(60)
     assert child.exitcode == 0
     assert lazy.get() is parents

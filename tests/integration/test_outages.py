@@ -50,9 +50,10 @@ def test_services_that_are_killed_and_come_back_in_mid_training_miss_nothing(
     wait_for(lambda: training.is_mirrored(services), "the first checkpoints in both", training.process)
 
     services.stop()
+    mirrored = training.mirrored
     training.advance(350)
     training.add_point()
-    assert training.mirrored == {10, 20}
+    assert training.mirrored == mirrored >= {10, 20}
     assert len(training.saved) >= 7, "an outage stopped the checkpoints"
 
     services.start()
@@ -73,7 +74,7 @@ def test_services_that_are_killed_and_come_back_in_mid_training_miss_nothing(
 
 
 def test_services_that_come_back_when_training_has_ended_miss_nothing(tmp_path: Path, services: Services) -> None:
-    training = Training(tmp_path, *services.flags, "--total-timesteps", 400)
+    training = Training(tmp_path, *services.flags, "--total-timesteps", 400, "--sync-timeout-seconds", 300)
     training.advance(100)
     wait_for(lambda: training.is_mirrored(services), "the first checkpoints in both", training.process)
     services.stop()
@@ -131,7 +132,7 @@ def test_services_that_stay_away_are_sent_everything_by_the_command_that_is_prin
 def test_a_service_that_stays_away_does_not_make_the_other_one_miss_anything(
     tmp_path: Path, mlflow_server: MlflowServer, services: Services
 ) -> None:
-    training = Training(tmp_path, *services.flags, "--total-timesteps", 64, "--sync-timeout-seconds", 1)
+    training = Training(tmp_path, *services.flags, "--total-timesteps", 64, "--sync-timeout-seconds", 10)
     mlflow_server.stop()
     training.release()
     log = training.end()

@@ -53,15 +53,25 @@ def test_a_killed_trainer_is_settled_everywhere_and_a_living_one_is_not_touched(
             item["state"] == "mirrored" for item in FolderRuns(tmp_path / "checkpoints").get(found[0]["run_id"])["checkpoint_paths"]
         )  # fmt: skip
 
+    heartbeats: set[str] = set()
+
+    def stands_still() -> bool:
+        """At the end of its leash, where it has said so twice, nothing comes after its last heartbeat."""
+        (run,) = FolderRuns(tmp_path / "checkpoints").list()
+        if run["progress"]["num_timesteps"] == 300:
+            heartbeats.add(run["heartbeat_at"])
+        return len(heartbeats) > 1
+
     try:
         wait_for(sent, "a checkpoint is in MLflow", trainer)
         (run,) = FolderRuns(tmp_path / "checkpoints").list()
         alive = reap(cwd=tmp_path)
         assert actions(alive) == ["alive"], alive.stderr
         assert FolderRuns(tmp_path / "checkpoints").list()[0]["status"] == "running"
+        wait_for(stands_still, "heartbeats at the last step", trainer)
     finally:
         trainer.send_signal(signal.SIGKILL)
-        trainer.wait(60)
+        trainer.wait(300)
     run_id = run["run_id"]
     kept = list_checkpoints(tmp_path / "checkpoints")
     assert actions(reap("--dry-run", cwd=tmp_path)) == ["would fail"]

@@ -266,7 +266,7 @@ def test_a_repair_that_is_killed_anywhere_loses_nothing_and_the_next_one_ends_it
     def run(cwd: Path, last: int) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-c", _REPAIRER, str(last)],
-            cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120,
+            cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300,
         )  # fmt: skip
 
     whole = tmp_path / "whole"

@@ -70,7 +70,7 @@ def test_two_seeds_and_two_values_are_four_nested_runs_a_table_and_a_plot(tmp_pa
     assert command is not None
     best = subprocess.run(
         [sys.executable, *shlex.split(command[1])[1:], "--total-timesteps", "1100", "--mlflow", "false"],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert best.returncode == 0, best.stderr
 

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 from paced import Pace
-from processes import wait_for
+from processes import lives, wait_for
 from stable_baselines3 import DQN
 from sweeps import records, run_sweep, saves, start_sweep, write_sweep
 
@@ -51,7 +51,7 @@ def test_a_second_ctrl_c_ends_all_at_once_and_a_clone_and_its_donor_go_on_exactl
     process = start_sweep(file)
     request.addfinalizer(process.kill)
     wait_for(lambda: len(records(tmp_path)) == 2, "both members", process)
-    pace.set(0.005)
+    pace.set(0.02)
     wait_for(lambda: "interrupted" in _statuses(tmp_path), "a member that is to be a clone", process)
     # Its process is started anew; the donor must not come to its end meanwhile.
     pace.set(math.inf)
@@ -70,7 +70,7 @@ def test_a_second_ctrl_c_ends_all_at_once_and_a_clone_and_its_donor_go_on_exactl
     said = (tmp_path / "sweep.log").read_text()
     assert said.endswith("Interrupted again, and ended at once; go on with the same command and --resume\n")
     assert "running" in _statuses(tmp_path)
-    wait_for(lambda: not any(map(_lives, started)), "the end of Ray and of the trials")
+    wait_for(lambda: not any(lives(p.pid) for p in started), "the end of Ray and of the trials")
     _whole(tmp_path)
 
     pace.set(0)
@@ -81,10 +81,6 @@ def test_a_second_ctrl_c_ends_all_at_once_and_a_clone_and_its_donor_go_on_exactl
     # Tune may perturb once more, and hand the clone an earlier step of its donor's; none begins anew.
     assert all(min(saved[len(before[run]) :]) > 90 for run, saved in saves(tmp_path).items())
     _whole(tmp_path)
-
-
-def _lives(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def _statuses(folder: Path) -> list[str]:

@@ -99,7 +99,7 @@ def test_a_store_that_cannot_be_used_is_refused_before_anything_starts(address: 
 def test_a_wrong_sweep_yaml_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text("seeds: 3\n")
     done = subprocess.run(
-        words(tmp_path / "sweep.yaml"), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
+        words(tmp_path / "sweep.yaml"), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "Error: seeds: '3' is not valid: input should be a valid list (from sweep.yaml)\n"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,10 @@ GO_ON = "Interrupted; go on with: sb3-mlflow-ckpt sweep sweep.yaml --resume\n"
 class Sweep:
     """A sweep at a terminal of its own, whose trials take as long as the test wants."""
 
-    def __init__(self, folder: Path, **keys: Any) -> None:
+    def __init__(self, folder: Path, pace: float = 0.01, **keys: Any) -> None:
         self.folder = folder
         self.tracking_uri = f"sqlite:///{folder}/mlflow.db"
-        # Some 10 s of training, beside what starts and stops.
-        self.pace = Pace(folder, 0.01)
+        self.pace = Pace(folder, pace)
         training = {
             "total_timesteps": 1024, "mlflow": True, "tracking_uri": self.tracking_uri,
             "env_wrappers": [self.pace.wrapper], **keys.pop("training", {}),
@@ -41,6 +42,14 @@ class Sweep:
                 words(self.file, *flags), cwd=self.folder, env=environment(), stdout=log, stderr=log, text=True,
                 start_new_session=True,
             )  # fmt: skip
+
+    def reach(self, condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+        """Begin with both trials at once, and return when a condition holds: none comes to its end meanwhile."""
+        wait_for(lambda: len(self.statuses) == 2, "both trials", process)
+        # Some 10 s of training.
+        self.pace.set(0.01)
+        wait_for(condition, "trials in the middle", process)
+        self.pace.set(0.1)
 
     @property
     def _log(self) -> Path:
@@ -68,12 +77,12 @@ class Sweep:
 
 
 def test_ctrl_c_ends_all_trials_and_a_resume_finishes_them_none_from_zero(tmp_path: Path) -> None:
-    sweep = Sweep(tmp_path, seeds=[0, 1])
+    sweep = Sweep(tmp_path, math.inf, seeds=[0, 1])
     process = sweep.start()
-    wait_for(lambda: sweep.reported and len(sweep.saves) == 2 and all(sweep.saves.values()), "both trials", process)
+    sweep.reach(lambda: sweep.reported and len(sweep.saves) == 2 and all(sweep.saves.values()), process)
     # As a terminal does: to the driver, and to all that is in its process group.
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(120) == 128 + signal.SIGINT
+    assert process.wait(300) == 128 + signal.SIGINT
     assert sweep.said.endswith(GO_ON) and "Traceback" not in sweep.said
     assert sweep.statuses == ["interrupted"] * 2
     assert sweep.in_mlflow == ["KILLED"] * 3
@@ -90,14 +99,12 @@ def test_ctrl_c_ends_all_trials_and_a_resume_finishes_them_none_from_zero(tmp_pa
 
 def test_a_trial_saves_before_it_is_stopped(tmp_path: Path) -> None:
     never = {"checkpoint_interval_episodes": 0, "heartbeat_seconds": 0.2}
-    sweep = Sweep(tmp_path, seeds=[0, 1], report_interval_timesteps=100_000, training=never)
+    sweep = Sweep(tmp_path, math.inf, seeds=[0, 1], report_interval_timesteps=100_000, training=never)
     # As a scheduler does that starts the same command again and again.
     process = sweep.start("--auto-resume")
-    wait_for(
-        lambda: [r for r in records(tmp_path).values() if r["progress"]["num_timesteps"] > 200], "a trial in the middle", process
-    )
+    sweep.reach(lambda: any(r["progress"]["num_timesteps"] > 200 for r in records(tmp_path).values()), process)
     os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(120) == 128 + signal.SIGTERM
+    assert process.wait(300) == 128 + signal.SIGTERM
     assert "Interrupted: the trials save, and end" in sweep.said and "Traceback" not in sweep.said
     first = sweep.saves
     assert len(first) == 2 and all(len(saved) == 1 for saved in first.values()), sweep.said
@@ -119,7 +126,7 @@ def test_a_signal_that_comes_before_tune_listens_is_not_lost_and_does_not_take_r
     wait_for(lambda: (tmp_path / "mlflow.db").exists(), "MLflow's database", process)
     # As `timeout` does.
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(120) == 128 + signal.SIGTERM
+    assert process.wait(300) == 128 + signal.SIGTERM
     assert sweep.said.endswith(GO_ON) and "Traceback" not in sweep.said
     assert set(sweep.statuses) <= {"interrupted"}
     assert set(sweep.in_mlflow) == {"KILLED"}

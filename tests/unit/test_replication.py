@@ -85,7 +85,7 @@ def test_a_run_that_closes_at_whatever_line_of_the_loop_wakes_it(journal: RunJou
             replicator.start()
         finally:
             threading.settrace(before)  # type: ignore[arg-type]
-        if not halt.reached.wait(1.0):
+        if not halt.reached.wait(10.0):
             halt.closes.set()
             assert replicator.close(5.0)
             break

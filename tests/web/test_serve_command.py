@@ -185,7 +185,7 @@ def test_starting_imports_nothing_of_the_training(tmp_path: Path) -> None:
     )
     for words in ('["serve", "--help"]', '["serve", "--port", "0", "--ui-port", "0"]'):
         done = subprocess.run(
-            [sys.executable, "-c", code, words], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", code, words], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr
         loaded = set(done.stdout.splitlines()[-1].split())

@@ -58,7 +58,7 @@ def test_the_snippet_of_the_document_prints_the_checkpoints(server: ServedApp, m
         "550e8400-e29b-41d4-a716-446655440000", DASHED
     )
     done = subprocess.run(
-        [sys.executable, "-c", source], env=environment(), capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", source], env=environment(), capture_output=True, text=True, timeout=300, check=True
     )
     folder = many_runs / "ppo_agent" / FIRST
     assert done.stdout.splitlines() == [

@@ -217,7 +217,7 @@ def test_a_download_goes_to_its_end_although_the_checkpoint_is_pruned_meanwhile(
     journal = start_run(tmp_path / "checkpoints", FIRST)
     save(journal, 50, content)
     app = serve()
-    connection = http.client.HTTPConnection("127.0.0.1", app.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", app.port, timeout=300)
     connection.request("GET", f"{RUNS}/{FIRST}/checkpoints/50/download", headers={"Host": "localhost"})
     response = connection.getresponse()
     begin = response.read(1)

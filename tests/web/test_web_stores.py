@@ -111,7 +111,7 @@ class Down:
 
     def version(self, run_id: str) -> str:
         self.asked += 1
-        assert self.waits.wait(30)
+        assert self.waits.wait(300)
         if self.is_down:
             raise MirrorUnavailableError("MongoDB", "mongodb://x", "it is down")
         if run_id == "0":
