@@ -56,7 +56,8 @@ def write_archive(file: atomic.HashedFile, capture: ModelCapture, metadata: Chec
             archive.writestr("data", capture.data())
         for name in (VARIABLES, *capture.state_dicts):
             with archive.open(f"{name}.pth", "w", force_zip64=True) as member:
-                member.write(capture.files[name]().data)
+                for piece in atomic.slices(capture.files[name]().data):
+                    member.write(piece)
         archive.writestr("_stable_baselines3_version", stable_baselines3.__version__)
         archive.writestr("system_info.txt", _system_info())
         archive.writestr(STATE_MEMBER, dump_state(metadata, _text({**capture.state, "built": dict(capture.built)})))
@@ -73,8 +74,10 @@ def write_archive(file: atomic.HashedFile, capture: ModelCapture, metadata: Chec
             with archive.open(EXACT_ARRAYS_MEMBER, "w", force_zip64=True) as member:
                 pieces = (piece.data for piece in tree.pieces(arrays))
                 # Each write has its price; a buffer of images is not copied to save it.
-                for piece in [b"".join(pieces)] if sum(a.nbytes for a in arrays) < _SMALL else pieces:
-                    member.write(piece)
+                small = sum(array.nbytes for array in arrays) < _SMALL
+                for piece in [memoryview(b"".join(pieces))] if small else pieces:
+                    for part in atomic.slices(piece):
+                        member.write(part)
 
 
 def _text(state: dict[str, Any]) -> str:

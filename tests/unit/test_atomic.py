@@ -1,3 +1,8 @@
+import hashlib
+import io
+import itertools
+import os
+import random
 from pathlib import Path
 
 import pytest
@@ -37,3 +42,31 @@ def test_reading_goes_on_from_an_offset(tmp_path: Path) -> None:
 def test_numbers_that_json_cannot_hold_are_refused() -> None:
     with pytest.raises(ValueError, match="JSON"):
         atomic.dump_json({"x": float("nan")})
+
+
+@pytest.mark.parametrize("sizes", [[], [1], [3, 70_000, 5], [9 << 20, 10], [100_000] * 100, [1 << 22, 1 << 22]])
+def test_a_hashed_file_is_what_was_written_and_given_to_the_disk_piece_by_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int]
+) -> None:
+    given: list[tuple[int, int]] = []
+
+    def advise(descriptor: int, offset: int, length: int, advice: int) -> None:
+        # A buffer of Python's own may hold the last bytes of small pieces.
+        assert os.fstat(descriptor).st_size >= offset + length - io.DEFAULT_BUFFER_SIZE
+        given.append((offset, length))
+        raise OSError("a file system that does not know it")
+
+    monkeypatch.setattr(os, "posix_fadvise", advise, raising=False)
+    content = random.Random(0).randbytes(sum(sizes))
+    with open(tmp_path / "file", "wb") as file:
+        hashed, at = atomic.HashedFile(file), 0
+        for size in sizes:
+            for piece in atomic.slices(memoryview(content)[at : at + size]):
+                hashed.write(piece)
+            at += size
+        hashed.flush()
+    assert (tmp_path / "file").read_bytes() == content
+    assert (hashed.bytes, hashed.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    starts = list(itertools.accumulate((length for _, length in given), initial=0))
+    assert [offset for offset, _ in given] == starts[:-1]
+    assert len(content) - starts[-1] < 1 << 22
