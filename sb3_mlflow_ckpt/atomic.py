@@ -20,13 +20,13 @@ from typing import IO, Any, BinaryIO
 from sb3_mlflow_ckpt.errors import ForeignFileError
 from sb3_mlflow_ckpt.layout import TEMPORARY_PREFIX
 
+SLICE = 1 << 22
+"""Bytes that the disk is given at a time."""
 LARGEST_DOCUMENT = 16 * 2**20
 """Bytes of the largest JSON document or line that is read."""
 
 # Bytes from which a piece is hashed and written by itself.
 _PIECE = 1 << 16
-# Bytes that the disk is given at a time.
-_SLICE = 1 << 22
 _NOT_FOLLOWED = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 # Opening a pipe that nobody writes to would wait for ever.
 _NOT_WAITED_FOR = getattr(os, "O_NONBLOCK", 0)
@@ -113,7 +113,7 @@ class HashedFile:
         if size >= _PIECE:
             self._digest.update(content)
             self._file.write(content)
-        if self.bytes - len(self._gathered) - self._given >= _SLICE:
+        if self.bytes - len(self._gathered) - self._given >= SLICE:
             self._give_to_disk()
         return size
 
@@ -138,8 +138,8 @@ class HashedFile:
 
 def slices(content: memoryview) -> Iterator[memoryview]:
     """Yield the bytes of a large piece in slices, so that the disk writes one while the next is looked at."""
-    for start in range(0, len(content), _SLICE):
-        yield content[start : start + _SLICE]
+    for start in range(0, len(content), SLICE):
+        yield content[start : start + SLICE]
 
 
 def discard(path: Path) -> None:

@@ -56,7 +56,7 @@ def write_archive(file: atomic.HashedFile, capture: ModelCapture, metadata: Chec
             archive.writestr("data", capture.data())
         for name in (VARIABLES, *capture.state_dicts):
             with archive.open(f"{name}.pth", "w", force_zip64=True) as member:
-                for piece in atomic.slices(capture.files[name]().data):
+                for piece in capture.files[name]():
                     member.write(piece)
         archive.writestr("_stable_baselines3_version", stable_baselines3.__version__)
         archive.writestr("system_info.txt", _system_info())

@@ -7,12 +7,13 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch as th
 from numpy.typing import NDArray
 
+from sb3_mlflow_ckpt import atomic
 from sb3_mlflow_ckpt.state.tensor_files import Bytes, Slot, TensorFile, TensorPickler, saved, written
 
 logger = logging.getLogger(__name__)
@@ -147,8 +148,8 @@ class Part:
             del self._rooms[self._filled :]
             self._form = None
 
-    def content(self) -> Bytes:
-        """Return what `torch.save` would write of the value; to be used before the image is filled again."""
+    def pieces(self) -> Iterator[memoryview]:
+        """Return what `torch.save` would write of the value, in pieces, for use before the image is filled again."""
         self._devices.wait()
         try:
             document, keys = self._pickler.dump(self.value)
@@ -156,14 +157,14 @@ class Part:
             logger.debug("Written by torch, which takes longer: %s", error)
             # A type of tensor that has a pickle of its own.
             self._form = None
-            return written(self.value)
-        if self._form is not None and self._form.file.finish(document):
-            return self._form.file.content
+            return atomic.slices(written(self.value).data)
+        if self._form is not None and self._form.file.take(document):
+            return self._form.file.pieces()
         content, file = saved(self.value, document, self._pinned)
         if file is not None:
             found = (file.slots.get(keys.get(id(room.copy), "")) for room in self._rooms)
             self._next = _Form(file, [slot if slot is not None and slot.size else None for slot in found])
-        return content
+        return atomic.slices(content.data)
 
     @property
     def _pinned(self) -> bool:

@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +21,6 @@ from sb3_mlflow_ckpt.spaces import encode_space
 from sb3_mlflow_ckpt.state import normalization
 from sb3_mlflow_ckpt.state.images import Image, ImagePool
 from sb3_mlflow_ckpt.state.sb3_data import Data, DataRecorder
-from sb3_mlflow_ckpt.state.tensor_files import Bytes
 from sb3_mlflow_ckpt.tree import NotPlainError
 
 if TYPE_CHECKING:
@@ -67,8 +66,8 @@ class ModelCapture:
         spaces_text: The same, encoded; None where it was read.
         built: What the constructor would be told to build the model again.
         exact: What makes a resume exact (`state.exact`); None where it was not captured.
-        files: Returns the bytes of a `.pth`, for each of `state_dicts` and for the variables (`VARIABLES`); to be
-            called by the thread that writes, before `release`. Empty where the capture was read.
+        files: Returns the bytes of a `.pth`, in pieces, for each of `state_dicts` and for the variables (`VARIABLES`);
+            to be called by the thread that writes, before `release`. Empty where the capture was read.
         release: Gives the tensors' memory back: to be called when they are written.
     """
 
@@ -81,7 +80,7 @@ class ModelCapture:
     spaces_text: SpacesText | None = None
     built: Mapping[str, Any] = field(default_factory=dict)
     exact: dict[str, Any] | None = None
-    files: Mapping[str, Callable[[], Bytes]] = field(default_factory=dict)
+    files: Mapping[str, Callable[[], Iterator[memoryview]]] = field(default_factory=dict)
     release: Callable[[], None] = lambda: None
 
 
@@ -139,7 +138,7 @@ class ModelRecorder:
             data=self._data.capture(data, infos),
             state_dicts={name: part.value for name, part in parts.items()},
             variables=variables.value,
-            files={**{name: part.content for name, part in parts.items()}, VARIABLES: variables.content},
+            files={**{name: part.pieces for name, part in parts.items()}, VARIABLES: variables.pieces},
             state=state,
             arrays=arrays,
             spaces_text=self._encoded_spaces(),

@@ -15,12 +15,14 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import torch as th
 from numpy.typing import NDArray
+
+from sb3_mlflow_ckpt import atomic
 
 Bytes = NDArray[np.uint8]
 
@@ -122,7 +124,8 @@ class TensorFile:
             if name.startswith(_STORAGES)
         }
         self._records = records
-        self._changing = [record for name, record in records.items() if name == _PICKLE or name.startswith(_STORAGES)]
+        changing = [record for name, record in records.items() if name == _PICKLE or name.startswith(_STORAGES)]
+        self._changing = sorted(changing, key=lambda record: record.at)
         self._document = document
         pickle_record = records[_PICKLE]
         written = content[pickle_record.at : pickle_record.at + pickle_record.size].tobytes()
@@ -137,12 +140,8 @@ class TensorFile:
         file.content = content
         return file
 
-    def finish(self, document: bytes) -> bool:
-        """Make the file whole after its tensors were exchanged; return whether it can be.
-
-        Args:
-            document: The pickle of the value that the tensors are from.
-        """
+    def take(self, document: bytes) -> bool:
+        """Take in the pickle of the value that the tensors are from; return whether it fits."""
         record = self._records[_PICKLE]
         if document != self._document:
             if not self._exchangeable or len(document) != record.size:
@@ -150,12 +149,20 @@ class TensorFile:
             self._document = document
         if self._exchangeable:
             self.content[record.at : record.at + record.size] = np.frombuffer(document, np.uint8)
-        view = self.content.data
+        return True
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Yield the file, made whole after its tensors were exchanged: what comes first is whole before the rest is."""
+        view, begun = self.content.data, 0
         for at, size, checksums in self._changing:
             checksum = zlib.crc32(view[at : at + size])
             for position in checksums:
                 struct.pack_into("<I", view, position, checksum)
-        return True
+            # What is changed for the records behind this one lies behind it.
+            if at + size - begun >= atomic.SLICE:
+                yield from atomic.slices(view[begun : at + size])
+                begun = at + size
+        yield from atomic.slices(view[begun:])
 
 
 def saved(value: Any, document: bytes, pinned: bool = False) -> tuple[Bytes, TensorFile | None]:

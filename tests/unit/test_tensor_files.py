@@ -6,7 +6,7 @@ import io
 import itertools
 import zipfile
 from collections import defaultdict, namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def loaded(content: Any) -> Any:
-    raw = bytes(content.data)
+def loaded(pieces: Iterable[Any]) -> Any:
+    raw = b"".join(pieces)
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
         assert archive.testzip() is None
     return th.load(io.BytesIO(raw), weights_only=True)
@@ -72,7 +72,7 @@ def test_what_comes_back_is_what_was_copied_the_first_time_and_later(name: str) 
     pool = ImagePool()
     for _ in range(4):
         part, release = fill(VALUES[name], pool=pool)
-        assert same(loaded(part.content()), VALUES[name])
+        assert same(loaded(part.pieces()), VALUES[name])
         release()
 
 
@@ -96,7 +96,7 @@ def test_what_hardly_anybody_trains_with_is_saved_as_sb3_saves_it(name: str) -> 
     pool, value = ImagePool(), RARE[name]()
     for _ in range(4):
         part, release = fill(value, pool=pool)
-        again = th.load(io.BytesIO(bytes(part.content().data)), weights_only=False)
+        again = th.load(io.BytesIO(b"".join(part.pieces())), weights_only=False)
         assert repr(again) == repr(loaded_as_saved(value, trusted=True))
         release()
 
@@ -138,7 +138,7 @@ def test_what_is_no_tensor_is_copied_too() -> None:
     part, _ = fill({"counts": counts, "names": names})
     counts += 1
     names.add("b")
-    again = th.load(io.BytesIO(bytes(part.content().data)), weights_only=False)
+    again = th.load(io.BytesIO(b"".join(part.pieces())), weights_only=False)
     assert again["counts"].tolist() == [0, 0] and again["names"] == {"a"}
 
 
@@ -180,7 +180,7 @@ def test_a_number_that_changes_is_in_the_next_file_and_so_is_one_that_takes_more
     for value in (0.5, 0.25, 1, 300, 70000, 2**40, "text", None, 0.125):
         weight += 1
         part, release = fill({"lr": value, "weight": weight}, pool=pool)
-        assert same(loaded(part.content()), {"lr": value, "weight": weight})
+        assert same(loaded(part.pieces()), {"lr": value, "weight": weight})
         release()
 
 
@@ -189,12 +189,12 @@ def test_tensors_that_come_in_another_form_get_a_file_of_their_own() -> None:
     for shape in ((3,), (3,), (4, 2), (4, 2), (3,), (1, 1)):
         value = {"a": th.rand(shape), "b": th.rand(2)}
         part, release = fill(value, pool=pool)
-        assert same(loaded(part.content()), value)
+        assert same(loaded(part.pieces()), value)
         release()
     for length in (3, 1, 2):
         values = [th.rand(2) for _ in range(length)]
         part, release = fill(values, pool=pool)
-        assert same(loaded(part.content()), values)
+        assert same(loaded(part.pieces()), values)
         release()
 
 
@@ -205,7 +205,19 @@ def test_where_torch_pickles_otherwise_only_what_is_pickled_alike_is_exchanged(m
     for lr in (0.5, 0.5, 0.25, 0.25):
         value = {"lr": lr, "weight": th.rand(3)}
         part, release = fill(value, pool=pool)
-        assert same(loaded(part.content()), value)
+        assert same(loaded(part.pieces()), value)
+        release()
+
+
+def test_the_pieces_of_a_large_file_are_whole_when_they_come() -> None:
+    """Each is written while those behind it are still without their checksums."""
+    pool = ImagePool()
+    for count in range(4):
+        value = {name: th.full((size,), count + 0.5) for name, size in (("a", 3), ("b", 3 << 20), ("c", 5), ("d", 2 << 20))}
+        part, release = fill(value, pool=pool)
+        written = [bytes(piece) for piece in part.pieces()]
+        assert len(written) > 3
+        assert same(loaded(written), value)
         release()
 
 
@@ -217,7 +229,7 @@ def test_a_device_is_copied_from_beside_the_training() -> None:
         part, release = fill({"weight": weight, "step": th.tensor(float(count))}, pool=pool)
         # What comes next on the device must come after the copy.
         weight += 1
-        copied = loaded(part.content())
+        copied = loaded(part.pieces())
         assert copied["weight"].device.type == "cpu"
         assert th.equal(copied["weight"], th.full((1 << 22,), float(count)))
         assert part.value["weight"].is_pinned()
