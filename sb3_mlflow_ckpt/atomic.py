@@ -81,7 +81,7 @@ class HashedFile:
     """A file that is hashed and counted while it is written, from its beginning to its end.
 
     Small pieces are gathered until there are some, or until `flush`. The disk writes what it has been given while the
-    next slice is hashed: a file of many megabytes is durable in two thirds of the time.
+    next slice is hashed, so a file of many megabytes is durable sooner.
 
     Args:
         file: The file, open and empty.

@@ -6,16 +6,15 @@ import fcntl
 import random
 import socket
 import tempfile
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO
 
 _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _FIRST_GIVEN = 32_768
 # Ray's workers listen below.
 _FIRST = 20_000
 # Held as long as this process lives: a port is somebody's also while his server is stopped, or does not listen yet.
-_taken: list[IO[str]] = []
+_taken: list[ExitStack] = []
 
 
 def free_port() -> int:
@@ -29,10 +28,10 @@ def free_port() -> int:
     draw = random.SystemRandom()
     while True:
         port = draw.randrange(_FIRST, first_given)
-        lock = Path(tempfile.gettempdir(), f"sb3_mlflow_ckpt-tests-port-{port}").open("w")  # noqa: SIM115
-        with suppress(OSError):
+        # An error of each is somebody else's port: of another process, another user, or of no test at all.
+        with suppress(OSError), ExitStack() as stack:
+            lock = stack.enter_context(Path(tempfile.gettempdir(), f"sb3_mlflow_ckpt-tests-port-{port}").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with socket.create_server(("127.0.0.1", port)):
-                _taken.append(lock)
+                _taken.append(stack.pop_all())
                 return port
-        lock.close()

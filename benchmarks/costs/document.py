@@ -45,8 +45,9 @@ the values; after the comma stands the ratio to SB3's `save`.
   more here. The buffers hold {transitions:,} transitions.
 - The MLflow server and the training share the cores. MLflow's client works in a process of its own, as it does in a run
   that lasts, unless it says "in a thread"; that process is counted as memory.
-- "A prototype of it" has a process write the files that a thread of the training writes in the product: it loses as
-  much where the state is small, less where it is large, and takes longer until a checkpoint is durable.
+- "A prototype of it" has a process write the files that a thread of the training writes in the product: with torch on
+  one thread it loses as much where the state is small, and less where it is large. It hashes before it writes, so it
+  takes longer until a checkpoint is durable.
 - The lost time is a difference of two times: where it is a small part of the window, its spread says how far to trust it.
 
 ## What one checkpoint costs

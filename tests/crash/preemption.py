@@ -97,13 +97,12 @@ class Chain:
     def _problems(self, code: int, signums: list[signal.Signals], before: int, runs: set[str]) -> list[str]:
         log = (self.cwd / "trainer.log").read_text()
         found = []
-        if "Fatal Python error: init_import_site" in log:
-            # Python itself was starting.
-            return found
-        if shell_code(code) not in [128 + signum for signum in signums]:
-            found.append(f"exit code {code} after {[signum.name for signum in signums]}: {log[-600:]}")
-        if "Traceback" in log and code >= 0:
-            found.append(f"a traceback: {log[-600:]}")
+        # Python itself can end with 1, and says why, while it starts.
+        if "Fatal Python error: init_import_site" not in log:
+            if shell_code(code) not in [128 + signum for signum in signums]:
+                found.append(f"exit code {code} after {[signum.name for signum in signums]}: {log[-600:]}")
+            if "Traceback" in log and code >= 0:
+                found.append(f"a traceback: {log[-600:]}")
         for record in self._records():
             if record["run_id"] in runs:
                 continue

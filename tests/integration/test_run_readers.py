@@ -24,6 +24,7 @@ from sb3_mlflow_ckpt.json_lines import append_line
 from sb3_mlflow_ckpt.layout import RunFolder, pin_path
 from sb3_mlflow_ckpt.mirrors.mongo import MongoMirror
 from sb3_mlflow_ckpt.pins import pin_checkpoint, unpin_checkpoint
+from sb3_mlflow_ckpt.runs import folder_index
 from sb3_mlflow_ckpt.runs.folder import FolderRuns, read_run
 from sb3_mlflow_ckpt.runs.mongo import MongoRuns
 from sb3_mlflow_ckpt.runs.mongo_database import RUNS
@@ -422,6 +423,21 @@ def test_summaries_and_glances_follow_what_changes(store: Store, tmp_path: Path)
     assert len(set(versions)) == 5
     store.add(start_run(tmp_path, "second"))
     assert {run["run_id"] for run in store.reader.summaries()} == {RUN, "second"}
+
+
+def test_a_folder_that_is_slow_to_look_at_is_looked_at_a_part_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many pages ask for the list: none may make a slow disk the only thing that is done."""
+    monkeypatch.setattr(folder_index, "_QUICK_SECONDS", 0.0)
+    monkeypatch.setattr(folder_index, "_PAUSE_PER_LOOK", 1e9)
+    folder = FolderRuns(tmp_path)
+    start_run(tmp_path, "a").close()
+    assert len(folder.summaries()) == 1
+    start_run(tmp_path, "b").close()
+    assert len(folder.summaries()) == 1
+    monkeypatch.setattr(folder_index, "_PAUSE_PER_LOOK", 0)
+    assert len(folder.summaries()) == 2
 
 
 def test_runs_that_are_removed_are_summarized_no_more(store: Store, tmp_path: Path) -> None:
